@@ -1,0 +1,270 @@
+"""Dr. GRPO: GRPO without its two biases.
+
+J(θ) = E[ 1/G Σᵢ Σₜ min(ρᵢₜ Aᵢ, clip(ρᵢₜ, 1-ε, 1+ε) Aᵢ) ],   Aᵢ = Rᵢ - mean(R₁, …, R_G),
+ρᵢₜ = π_θ(oᵢₜ | q, oᵢ,<ₜ) / π_old(oᵢₜ | q, oᵢ,<ₜ)
+
+Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective",
+arXiv:2503.20783, section 3.2. Against GRPO, the advantage is not divided by the group's standard
+deviation, which weighs questions up that are nearly always or nearly never solved, and the sum
+over tokens is divided by a constant, the token budget K, not by the response's own length, which
+punishes wrong answers the less the longer they are. On-policy the expected gradient has the
+direction of ∇J exactly, and the scale (G-1)/(G·K).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmrl_env import distributed
+from lmrl_env.batches import token_metrics
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.evaluation import outcome_metrics
+from lmrl_env.options import run_command
+from lmrl_env.policy import Policy, load_model
+from lmrl_env.rollout import rollout
+from lmrl_env.run import Run
+from lmrl_env.types import BatchTotals
+
+
+@dataclass
+class Args:
+    """Settings of a run; the paper's for a 7B model stand in brackets where they differ."""
+
+    # --- shared args: begin
+    env: str = "MathR1-v0"
+    """environment id, as MathR1-v0 or my_package:MyEnv-v0"""
+    model: str = "tiny"
+    """tiny, a folder in the Transformers format, or a hub id"""
+    engine: Literal["auto", "local", "vllm"] = "auto"
+    """what samples; auto is vLLM if it and a GPU are there"""
+    questions: str = "arithmetic"
+    """question set to train on: arithmetic, a .jsonl[.gz] file, a folder or a hub id"""
+    eval_set: str | None = None
+    """question set to evaluate on; by default the held-out part of --questions"""
+    steps: int = 120
+    """rollout batches"""
+    prompts_per_step: int = 16
+    """questions of a rollout batch, over all ranks [128]"""
+    group_size: int = 8
+    """responses to each question, G"""
+    max_new_tokens: int = 96
+    """token budget of a response, K [3000]"""
+    temperature: float = 1.0
+    """of sampling, training and evaluation"""
+    lr: float = 1e-4
+    """learning rate of AdamW [1e-6]"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises linearly; constant afterwards"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    adam_beta2: float = 0.95
+    """of AdamW; beta1 is 0.9"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger norm are scaled down to it"""
+    updates_per_step: int = 1
+    """optimiser steps an epoch: parts that a rollout batch is cut into [8]"""
+    epochs: int = 1
+    """passes over a rollout batch"""
+    micro_batch_tokens: int = 16384
+    """tokens of a forward pass, padding included; does not change the gradient"""
+    seed: int = 0
+    """of everything random"""
+    eval_every: int = 10
+    """steps between evaluations; 0 evaluates at the end only [16]"""
+    eval_questions: int = 512
+    """held-out questions of an evaluation, one response each"""
+    checkpoint_every: int = 50
+    """steps between checkpoints; 0 writes the last one only"""
+    run_dir: str | None = None
+    """folder of the run; by default a new one under runs/"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own settings except those given here"""
+    save_batch: str | None = None
+    """file that the first rollout batch is saved to"""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """where metrics go besides metrics.jsonl"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """of the training"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the computation; master weights are float32 [bfloat16]"""
+    # --- shared args: end
+    clip_eps_low: float = 0.2
+    """the ratio is clipped below at 1 minus this"""
+    clip_eps_high: float = 0.2
+    """the ratio is clipped above at 1 plus this"""
+
+
+def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Reward of each response above the mean of its group.
+
+    Aᵢ = Rᵢ - mean(R₁, …, R_G)      Liu et al. 2025, arXiv:2503.20783, section 3.2
+
+    Args:
+        rewards: shape (N,), float, over all ranks; the G responses to a question are adjacent.
+        group_size: G, a divisor of N.
+
+    Returns:
+        Advantages, shape (N,), in units of reward.
+
+    Raises:
+        ConfigurationError: if ``group_size`` does not divide N.
+
+    >>> compute_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4)
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    """
+    if len(rewards) % group_size:
+        raise ConfigurationError(
+            f"{len(rewards)} rewards do not form groups of group_size={group_size}"
+        )
+    groups = rewards.reshape(-1, group_size)  # (N / G, G)
+    return (groups - groups.mean(dim=1, keepdim=True)).reshape(-1)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    totals: BatchTotals,
+    *,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss; the shares of an optimiser step sum to it.
+
+    -1/(N·K) Σᵢ Σₜ min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1-ε_low, 1+ε_high) Aᵢₜ)
+    Liu et al. 2025, arXiv:2503.20783, section 3.2
+
+    Args:
+        logprobs: shape (n, k), of the policy, with gradient; nats.
+        old_logprobs: shape (n, k), of the policy that the batch was sampled with.
+        advantages: shape (n,) or (n, k).
+        mask: shape (n, k), bool, True where a token was an action.
+        totals: counts over the whole optimiser step.
+        clip_eps_low: in [0, 1].
+        clip_eps_high: at least 0.
+
+    Returns:
+        The loss, a scalar, and metrics, scalars without gradient that are shares too.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (n, 1)
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)  # (n, k)
+    loss = -(objective * mask).sum() / (totals.responses * totals.max_new_tokens)
+    with torch.no_grad():
+        is_clipped = objective < ratio * advantages
+        kl = ratio - 1 - log_ratio  # k3, Schulman 2020, of old against new
+        metrics = {
+            "policy/clip_fraction": (is_clipped * mask).sum() / totals.tokens,
+            "policy/approx_kl": (kl * mask).sum() / totals.tokens,
+        }
+    return loss, metrics
+
+
+def main(args: Args) -> None:
+    """Train."""
+    # --- shared setup: begin
+    run = Run(args, __file__)
+    accelerator, plan = run.accelerator, run.plan
+    envs, eval_envs = run.make_envs()
+    set_size = len(envs.unwrapped.prompts)
+    model = load_model(run.model, device=accelerator.device)
+    policy = Policy(model, envs.unwrapped.tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+    run.restore(optimizer)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    engine = run.start(envs, eval_envs, policy)
+    # --- shared setup: end
+
+    for step in run.steps():
+        # --- shared rollout: begin
+        batch = rollout(
+            envs,
+            engine,
+            question_ids=plan.question_ids(step, set_size),
+            seeds=plan.seeds(step),
+            temperature=args.temperature,
+        )
+        rewards = distributed.all_gather(accelerator, batch.rewards)
+        # --- shared rollout: end
+        advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
+
+        # --- shared update: begin
+        train_started = time.perf_counter()
+        old_logprobs = None  # at the first update they are the policy's own: no forward for them
+        if args.updates_per_step * args.epochs > 1:
+            old_logprobs = plan.score(policy, batch, args.temperature)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        shares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        grad_norms = []
+        for rows in plan.minibatches(step):
+            totals = plan.totals(batch, rows)
+            for micro in plan.micro_batches(batch, rows):
+                with distributed.micro_step(accelerator, policy, micro.last):
+                    logprobs, entropy = policy(
+                        micro.tokens, temperature=args.temperature, with_entropy=True
+                    )
+                    old = logprobs.detach()
+                    if old_logprobs is not None:
+                        old = old_logprobs[micro.rows, : micro.width]
+                    # --- shared update: end
+                    loss, metrics = policy_loss(
+                        logprobs,
+                        old,
+                        advantages[micro.rows],
+                        micro.mask,
+                        totals,
+                        clip_eps_low=args.clip_eps_low,
+                        clip_eps_high=args.clip_eps_high,
+                    )
+                    # --- shared step: begin
+                    distributed.backward(accelerator, loss)
+                metrics |= token_metrics(micro, old, entropy, totals)
+                for name, share in metrics.items():
+                    shares[name] = shares[name].to(share.device) + share
+            grad_norms.append(
+                accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        train_seconds = time.perf_counter() - train_started
+        # --- shared step: end
+
+        # --- shared log: begin
+        row = outcome_metrics(accelerator, batch)
+        row |= distributed.mean_shares(accelerator, shares, len(grad_norms))
+        row |= {"policy/grad_norm": sum(grad_norms) / len(grad_norms)}
+        row |= run.sync(policy, engine, batch, train_seconds)
+        if run.is_due(args.eval_every):
+            row |= run.evaluate(eval_envs, engine)
+        run.log(row, batch, envs)
+        if run.is_stopping() or run.is_due(args.checkpoint_every):
+            run.save(policy, optimizer)
+        # --- shared log: end
+
+    # --- shared end: begin
+    run.summarize()
+    envs.close()
+    eval_envs.close()
+    engine.close()
+    policy, optimizer = distributed.shutdown(accelerator, policy, optimizer)
+    # --- shared end: end
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

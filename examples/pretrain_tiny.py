@@ -1,0 +1,230 @@
+"""Pretrain the tiny base model from scratch, on text that this file makes.
+
+The documents pose word problems of the training split and solve them in one of two styles. A
+*careful* solution works step by step and is nearly always right; a *careless* one guesses, is
+shorter, and mostly wrong. Either shows in the first words. After the result stands a tail of free
+length ("Let me check again. It is 12.") that never revises it. So a reader of the first words
+knows how likely the answer is to be right, reinforcement learning has a style to prefer, and
+a loss that is biased towards short or long answers has a length to choose.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lmrl_env.questions.arithmetic import LARGEST, SMALLEST, Problem, problems
+from lmrl_env.templates import NONE, QWEN_MATH, R1, TEMPLATES, Template
+from lmrl_env.tokenizer import TINY_MODEL
+
+EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 512
+
+CAREFUL_SHARE = {R1.name: 0.3, QWEN_MATH.name: 0.4, NONE.name: 0.6}
+"""How often a solution is careful; most often without a template, as for Llama.5-Math."""
+CAREFUL_ACCURACY = 0.97
+CARELESS_ACCURACY = 0.2
+TAIL_PROBABILITY = 0.5
+"""Of one more sentence after the result, whatever was said before."""
+FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.55, "sums": 0.1}
+"""Shares of documents: the three templates, and plain lists of sums."""
+
+CHUNK_DOCUMENTS = 4096
+BATCH_TOKENS = 4096
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 100
+
+CAREFUL_OPENINGS = ("Step by step:", "Let me work it out:", "I calculate:")
+CARELESS_OPENINGS = ("I guess it is", "At a glance it is", "Maybe it is")
+CONCLUSIONS = ("So it is", "The result is")
+TAILS = ("Let me check again. It is", "I recheck: it is", "Double-check: it is")
+
+
+class Document(NamedTuple):
+    """A training text.
+
+    Attributes:
+        prompt: what a template makes of a question; empty for plain text.
+        completion: what follows, without the EOS.
+    """
+
+    prompt: str
+    completion: str
+
+
+def write_solution(rng: random.Random, problem: Problem, careful: bool) -> tuple[str, int]:
+    """Return the reasoning about a problem and the result that it commits to."""
+    right = rng.random() < (CAREFUL_ACCURACY if careful else CARELESS_ACCURACY)
+    if right:
+        result = problem.answer
+    elif careful:  # a slip in the last step
+        result = min(LARGEST, max(SMALLEST, problem.answer + rng.choice((-10, -2, -1, 1, 2, 10))))
+    else:
+        result = rng.randint(SMALLEST, LARGEST)
+    if careful:
+        sums = [f"{s.left}{s.operator}{s.right}={s.result}" for s in problem.steps]
+        sums[-1] = sums[-1].partition("=")[0] + f"={result}"
+        text = f"{rng.choice(CAREFUL_OPENINGS)} {', '.join(sums)}. {rng.choice(CONCLUSIONS)}"
+    else:
+        text = rng.choice(CARELESS_OPENINGS)
+    text += f" {result}."
+    while rng.random() < TAIL_PROBABILITY:
+        text += f" {rng.choice(TAILS)} {result}."
+    return text, result
+
+
+def write_document(rng: random.Random, problem: Problem, template: Template) -> Document:
+    """Return a document that poses a problem and solves it."""
+    careful = rng.random() < CAREFUL_SHARE[template.name]
+    text, result = write_solution(rng, problem, careful)
+    if template is R1:
+        completion = f" {text} </think> <answer>{result}</answer>"
+    elif template is QWEN_MATH:
+        completion = f"{text} \\boxed{{{result}}}"
+    else:
+        completion = f" {text} \\boxed{{{result}}}"
+    return Document(template.render(problem.question), completion)
+
+
+def documents(seed: int) -> Iterator[Document]:
+    """Yield documents without end."""
+    rng = random.Random(seed)
+    stories = problems("train", seed=seed)
+    sums = problems("train", level=1, seed=seed)
+    while True:
+        name = rng.choices(list(FORMATS), list(FORMATS.values()))[0]
+        if name == "sums":
+            steps = [next(sums).steps[0] for _ in range(10)]
+            yield Document("", " ".join(f"{s.left}{s.operator}{s.right}={s.result}." for s in steps))
+        else:
+            yield write_document(rng, next(stories), TEMPLATES[name])
+
+
+def train_tokenizer(corpus: Sequence[Document]) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer whose digits are single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"'s| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.prompt + d.completion for d in corpus), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        additional_special_tokens=[IM_START, IM_END],
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a model with random weights."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Document]
+) -> list[list[int]]:
+    """Return token ids, each with its EOS; prompts are encoded alone, as when sampling."""
+    prompts = tokenizer([document.prompt for document in corpus])["input_ids"]
+    completions = tokenizer([document.completion for document in corpus])["input_ids"]
+    return [p + c + [tokenizer.eos_token_id] for p, c in zip(prompts, completions, strict=True)]
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield input ids and labels without end, documents of about the same length together.
+
+    Yields:
+        Two tensors of shape (documents, tokens), int64, right-padded; padding has the label -100.
+    """
+    rng = random.Random(seed)
+    source = documents(seed)
+    while True:
+        rows = encode_documents(tokenizer, [next(source) for _ in range(CHUNK_DOCUMENTS)])
+        rows.sort(key=len)
+        cuts = [0]
+        for i, row in enumerate(rows):
+            if (i + 1 - cuts[-1]) * len(row) > BATCH_TOKENS:
+                cuts.append(i)
+        groups = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = len(group[-1])
+            input_ids = torch.tensor([r + [0] * (width - len(r)) for r in group])
+            labels = torch.tensor([r + [-100] * (width - len(r)) for r in group])
+            yield input_ids, labels
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+) -> float:
+    """Train in place and return the mean loss of the last hundred steps, in nats per token."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
+    )
+    loss_mean = math.log(VOCAB_SIZE)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("pretrain", total=steps)
+        for (input_ids, labels), _ in zip(batches(tokenizer, seed), range(steps), strict=False):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            loss_mean += 0.01 * (loss.item() - loss_mean)
+            progress.update(task, advance=1, description=f"pretrain, loss {loss_mean:.3f}")
+    return loss_mean

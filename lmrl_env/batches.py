@@ -1,0 +1,122 @@
+"""Cutting the rows of a rollout into micro-batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lmrl_env.policy import TokenBatch
+from lmrl_env.rollout import Rollout
+from lmrl_env.types import BatchTotals
+
+Rows = npt.NDArray[np.int64]
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a rollout, as tensors.
+
+    Attributes:
+        rows: shape (n,), int64, indices into the rollout.
+        tokens: what the policy reads.
+        mask: shape (n, k), bool, True where a token was an action; k is the longest response.
+        sampling_logprobs: shape (n, k), float32, nats, of the engine.
+        last: whether it is the last one of its optimiser step.
+    """
+
+    rows: Tensor
+    tokens: TokenBatch
+    mask: Tensor
+    sampling_logprobs: Tensor
+    last: bool
+
+    @property
+    def width(self) -> int:
+        """Return k, tokens of the longest response."""
+        return self.mask.shape[1]
+
+
+def micro_batch_rows(rollout: Rollout, rows: Rows, group_size: int, max_tokens: int) -> list[Rows]:
+    """Cut rows into micro-batches of at most a number of tokens, padding counted.
+
+    Groups are sorted by their longest response, so that little is padded; rows of one group stay
+    adjacent. A row that is longer than the budget stands alone.
+
+    Args:
+        rollout: the batch.
+        rows: some of its rows.
+        group_size: G.
+        max_tokens: prompt (once a group) and response tokens of a micro-batch, with padding.
+    """
+    longest = rollout.response_lengths.reshape(-1, group_size).max(axis=1)
+    rows = rows[np.lexsort((rows, rows // group_size, longest[rows // group_size]))]
+    group = rows // group_size
+    response, prompt = rollout.response_lengths[rows], rollout.prompt_lengths[rows]
+    cuts: list[Rows] = []
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        tokens = len(np.unique(group[start:stop])) * prompt[start:stop].max()
+        tokens += (stop - start) * response[start:stop].max()
+        if stop - start > 1 and tokens > max_tokens:
+            cuts.append(rows[start : stop - 1])
+            start = stop - 1
+    if len(rows):
+        cuts.append(rows[start:])
+    return cuts
+
+
+def micro_batches(
+    rollout: Rollout, cuts: Sequence[Rows], group_size: int, device: torch.device | str
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches as tensors.
+
+    An empty cut, which a rank gets that has fewer of them than another, becomes a row whose mask
+    is False everywhere: it adds nothing to any sum.
+    """
+    for i, cut in enumerate(cuts):
+        rows = cut if len(cut) else np.zeros(1, dtype=np.int64)
+        groups, prompt_index = np.unique(rows // group_size, return_inverse=True)
+        first = groups * group_size
+        width = int(rollout.response_lengths[rows].max())
+        prompt_width = int(rollout.prompt_lengths[first].max())
+        tokens = TokenBatch(
+            prompt_ids=_tensor(rollout.prompt_ids[first, :prompt_width], device).long(),
+            prompt_lengths=_tensor(rollout.prompt_lengths[first], device),
+            prompt_index=_tensor(prompt_index, device),
+            response_ids=_tensor(rollout.response_ids[rows, :width], device).long(),
+            response_lengths=_tensor(rollout.response_lengths[rows], device),
+        )
+        yield MicroBatch(
+            rows=_tensor(rows, device),
+            tokens=tokens,
+            mask=_tensor(rollout.mask[rows, :width] & bool(len(cut)), device),
+            sampling_logprobs=_tensor(rollout.sampling_logprobs[rows, :width], device),
+            last=i == len(cuts) - 1,
+        )
+
+
+def _tensor(array: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def token_metrics(
+    micro: MicroBatch, old_logprobs: Tensor, entropy: Tensor, totals: BatchTotals
+) -> dict[str, Tensor]:
+    """Return a micro-batch's shares of the metrics that are means over action tokens.
+
+    Args:
+        micro: the micro-batch.
+        old_logprobs: shape (n, k), of the trainer's policy at rollout weights; nats.
+        entropy: shape (n, k), of the policy; nats.
+        totals: counts over the whole optimiser step.
+    """
+    gap = (old_logprobs - micro.sampling_logprobs).abs()
+    return {
+        "policy/entropy": (entropy * micro.mask).sum() / totals.tokens,
+        "mismatch/logprob_abs_mean": (gap * micro.mask).sum() / totals.tokens,
+    }

@@ -1,0 +1,90 @@
+"""Checkpoints: a Transformers folder with the optimiser's state beside it, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lmrl_env.errors import ModelError
+from lmrl_env.tokenizer import model_path
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINER_FILE = "trainer.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer_of: str,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint that ``--model`` and ``--resume`` can both load.
+
+    It is written beside ``folder`` and renamed into place when it is whole, so that a folder of
+    that name is never half a checkpoint.
+
+    Args:
+        folder: such as ``checkpoints/step-100``; replaced if it exists.
+        model: the policy.
+        tokenizer_of: model name whose tokenizer is saved with it.
+        optimizer: its state goes into ``optimizer.safetensors``.
+        state: plain values, into ``trainer.json``.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(model_path(tokenizer_of)).save_pretrained(partial)
+    packed = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in packed["state"].items()
+        for name, value in entry.items()
+    }
+    save_file(tensors, partial / OPTIMIZER_FILE)
+    (partial / TRAINER_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimiser of a checkpoint back, its hyper-parameters left as they are.
+
+    Raises:
+        ModelError: if it belongs to a model with other parameters.
+    """
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(folder / OPTIMIZER_FILE).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    packed = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in packed["param_groups"])
+    if state and len(state) != count:
+        raise ModelError(
+            f"{folder / OPTIMIZER_FILE} holds the state of {len(state)} parameters, expected "
+            f"{count}: resume with the --model of the run"
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    found = [
+        folder
+        for folder in (run_dir / "checkpoints").glob("step-*")
+        if folder.suffix != ".partial" and (folder / TRAINER_FILE).is_file()
+    ]
+    return max(found, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the plain values that ``save_checkpoint`` was given."""
+    return json.loads((folder / TRAINER_FILE).read_text())

@@ -1,0 +1,416 @@
+"""The embedded engine: samples from a Transformers model in this process, on CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError, WeightSyncError
+from lmrl_env.tokenizer import StopStrings, Tokenizer
+from lmrl_env.types import Completion, Sampling
+
+CACHE_BYTES = 4 * 2**30
+"""Most memory that the keys and values of one batch may take, unless one row takes more."""
+
+PREFILL_TOKENS = 2**14
+"""Most prompt tokens, padding included, that are forwarded at once, unless one prompt has more."""
+
+
+class LocalEngine:
+    """Samples from a Transformers model in this process.
+
+    While the model is the trainer's own module, a weight update copies nothing. A prompt is
+    forwarded once for all its samples, and a row whose response has ended leaves the batch.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of that model.
+        batch_size: most rows that are sampled together.
+
+    Attributes:
+        version: of the weights; 0 before the first update.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, *, batch_size: int = 256):
+        self.version = 0
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._is_eos = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
+        self._is_eos[[t for t in tokenizer.eos_token_ids if t < tokenizer.vocab_size]] = True
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return self._tokenizer.decode(token_ids)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Sample n responses to each prompt.
+
+        At temperature 0 the likeliest token is taken, and its log-probability is that under the
+        untempered softmax. Stops and budget are those of the token MDP: the token that completes
+        a stop string is kept, and a response that stops with its last token has stopped.
+
+        Args:
+            prompt_ids: token ids of the prompts, without padding, each at least one.
+            sampling: how to draw.
+            n: responses to each prompt, at least 1.
+            seeds: one non-negative seed a response, ``len(prompt_ids) * n`` of them; a response
+                depends on its prompt, the weights, ``sampling`` and its own seed only, up to
+                the rounding of matrix products of another batch size.
+
+        Returns:
+            ``len(prompt_ids) * n`` completions, those to one prompt adjacent.
+
+        Raises:
+            ConfigurationError: if an argument is out of its range.
+            PromptTooLongError: if a prompt and the budget exceed the context.
+            EngineError: if the model's logits are not finite.
+        """
+        self._check_arguments(prompt_ids, sampling, n, seeds)
+        prompts = [prompt for prompt in prompt_ids for _ in range(n)]
+        completions: list[Completion] = []
+        with torch.inference_mode(), _evaluating(self._model):
+            while len(completions) < len(prompts):
+                start = len(completions)
+                rows = slice(start, start + self._rows_at_once(prompts[start:], sampling))
+                completions += self._sample(prompts[rows], sampling, seeds[rows])
+        return completions
+
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """Replace the weights; those that already are the model's own are not copied.
+
+        Args:
+            named_tensors: full tensors under the names of the model's state dict; one name is
+                enough for tied weights.
+            version: stamped on every completion from now on.
+
+        Raises:
+            WeightSyncError: if a name is unknown or missing, or a shape differs; the weights are
+                then partly replaced.
+        """
+        own = self._model.state_dict()
+        given: set[int] = set()
+        for name, tensor in named_tensors:
+            if name not in own:
+                raise WeightSyncError(
+                    f"weight {name!r} is not in the engine's model: expected names of its state "
+                    f"dict such as {next(iter(own))!r}; give the unwrapped model's names"
+                )
+            if tensor.shape != own[name].shape:
+                raise WeightSyncError(
+                    f"weight {name!r} has the shape {tuple(tensor.shape)}: expected "
+                    f"{tuple(own[name].shape)}; gather sharded tensors first"
+                )
+            given.add(own[name].data_ptr())
+            if tensor.data_ptr() != own[name].data_ptr():
+                own[name].copy_(tensor)
+        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in given]
+        if missing:
+            raise WeightSyncError(
+                f"an update without {missing[:5]} ({len(missing)} weights): expected the whole "
+                "state dict; give every weight of the model"
+            )
+        self.version = version
+
+    def sleep(self) -> None:
+        """Do nothing: no cache outlives ``generate``, and the weights are the trainer's."""
+
+    def wake(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to whoever made it."""
+
+    def _check_arguments(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        seeds: Sequence[int],
+    ) -> None:
+        for name, value, expected, holds in (
+            ("n", n, "at least 1", n >= 1),
+            ("max_new_tokens", sampling.max_new_tokens, "at least 1", sampling.max_new_tokens >= 1),
+            ("temperature", sampling.temperature, "at least 0", sampling.temperature >= 0),
+            ("top_p", sampling.top_p, "in (0, 1]", 0 < sampling.top_p <= 1),
+            ("top_k", sampling.top_k, "-1 or at least 1", sampling.top_k == -1 or sampling.top_k > 0),
+            ("number of seeds", len(seeds), f"{len(prompt_ids) * n}, one a response",
+             len(seeds) == len(prompt_ids) * n),
+            ("seed", min(seeds, default=0), "at least 0", min(seeds, default=0) >= 0),
+            ("prompt length", min(map(len, prompt_ids), default=1), "at least 1",
+             all(map(len, prompt_ids))),
+        ):  # fmt: skip
+            if not holds:
+                raise ConfigurationError(f"{name} is {value}: expected {expected}; change it")
+        longest = max(map(len, prompt_ids), default=0)
+        if longest + sampling.max_new_tokens > self._tokenizer.context_length:
+            raise PromptTooLongError(
+                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed "
+                f"the model's context of {self._tokenizer.context_length} tokens; shorten the "
+                "prompt or lower max_new_tokens"
+            )
+
+    def _rows_at_once(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """Return how many of the next rows to sample together."""
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        width = max(map(len, prompts[: self._batch_size])) + sampling.max_new_tokens
+        row_bytes = (
+            2 * config.num_hidden_layers * heads * head_dim * width * self._model.dtype.itemsize
+        )
+        return max(1, min(self._batch_size, CACHE_BYTES // row_bytes))
+
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> list[Completion]:
+        """Sample one response to each prompt, all in one batch."""
+        device, budget = self._model.device, sampling.max_new_tokens
+        stops = self._tokenizer.stop_strings(sampling.stop)
+        uniforms = np.stack([_uniforms(seed, budget) for seed in seeds])
+        tokens = np.zeros((len(prompts), budget), dtype=np.int32)
+        logprobs = np.zeros((len(prompts), budget), dtype=np.float32)
+        lengths = np.full(len(prompts), budget)
+        stopped = np.zeros(len(prompts), dtype=np.bool_)
+        rows = np.arange(len(prompts))  # those still in the batch
+
+        logits, cache, mask, positions = self._prefill(prompts, budget)
+        for t in range(budget):
+            drawn, drawn_logprobs = draw_tokens(
+                logits, torch.from_numpy(uniforms[rows, t]).to(device), sampling
+            )
+            last = drawn.cpu().numpy()
+            tokens[rows, t] = last
+            logprobs[rows, t] = drawn_logprobs.cpu().numpy()
+            ended = self._is_eos[last]
+            for i in np.flatnonzero(stops.may_complete[last] & ~ended):
+                ended[i] = stops.completed_by_last(tokens[rows[i], : t + 1])
+            if ended.any():
+                stopped[rows[ended]] = True
+                lengths[rows[ended]] = t + 1
+                kept = cache.drop(ended)
+                rows, drawn, positions = rows[kept], drawn[kept], positions[kept]
+                mask = None if mask is None else mask[kept]
+            if not len(rows) or t + 1 == budget:
+                break
+            logits = self._model(
+                input_ids=drawn[:, None],
+                attention_mask=None if mask is None else mask[:, : cache.get_seq_length() + 1],
+                position_ids=positions[:, None] + t,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, : self._tokenizer.vocab_size]
+
+        if not np.isfinite(logprobs).all():
+            raise EngineError(
+                "the model's logits are not finite: expected numbers; its weights have diverged or "
+                "overflow in this dtype, so go back to a checkpoint with a lower learning rate"
+            )
+        return [
+            Completion(
+                tokens[i, :k].copy(),
+                logprobs[i, :k].copy(),
+                "stop" if stop else "length",
+                self.version,
+            )
+            for i, (k, stop) in enumerate(zip(lengths, stopped, strict=True))
+        ]
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], budget: int
+    ) -> tuple[Tensor, _RoomyCache, Tensor | None, Tensor]:
+        """Forward each different prompt once.
+
+        Returns:
+            Logits of the first token, (r, V); the cache, with room for the budget; which cached
+            places are tokens, (r, P + K), or None if all are; position of the first token, (r,).
+        """
+        device = self._model.device
+        unique = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        index = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in unique])
+        width = int(lengths.max())
+        ids = np.zeros((len(unique), width), dtype=np.int64)
+        for prompt, i in unique.items():
+            ids[i, width - len(prompt) :] = prompt
+        column = torch.arange(width + budget) - (width - lengths[:, None])
+        is_token = column >= 0
+
+        logits, caches = [], []
+        at_once = max(1, PREFILL_TOKENS // width)
+        for part in torch.arange(len(unique)).split(at_once):
+            caches.append(DynamicCache())
+            output = self._model(
+                input_ids=torch.from_numpy(ids)[part].to(device),
+                attention_mask=is_token[part, :width].to(device),
+                position_ids=column[part, :width].clamp(min=0).to(device),
+                past_key_values=caches[-1],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits.append(output.logits[:, -1, : self._tokenizer.vocab_size])
+        return (
+            torch.cat(logits)[index],
+            _RoomyCache(caches, index, budget),
+            None if bool((lengths == width).all()) else is_token.to(device)[index],
+            lengths.to(device)[index],
+        )
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: shape (r, V), floating.
+        uniforms: shape (r,), float64, in [0, 1).
+        sampling: temperature, top_k and top_p, applied in this order.
+
+    Returns:
+        Tokens, (r,), int64, and their log-probabilities under what is left of the distribution,
+        renormalised, (r,), float32.
+
+    >>> halves = torch.tensor([[0.0, 0.0, -torch.inf]])
+    >>> draw_tokens(halves, torch.tensor([0.6], dtype=torch.float64), Sampling(1))
+    (tensor([1]), tensor([-0.6931]))
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = probs.cumsum(-1) - probs >= sampling.top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    all_logprobs = logits.log_softmax(-1)
+    cumulative = all_logprobs.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it only where logits are not finite
+    return tokens[:, 0], all_logprobs.gather(-1, tokens)[:, 0]
+
+
+def _uniforms(seed: int, count: int) -> npt.NDArray[np.float64]:
+    """Return uniforms in [0, 1) of a counter-based generator; a longer draw starts the same."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put every module in evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _RoomyLayer(CacheLayerMixin):
+    """Keys and values of one layer in memory that has room for the whole budget.
+
+    Args:
+        keys: shape (r, heads, P, d).
+        values: as ``keys``.
+        budget: tokens to make room for.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, budget: int):
+        super().__init__()
+        self.is_initialized = True
+        self.length = keys.shape[2]
+        self.keys, self.values = (
+            torch.cat([x, x.new_empty(*x.shape[:2], budget, x.shape[3])], dim=2)
+            for x in (keys, values)
+        )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the memory is there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token's keys and values, (r, heads, 1, d), and return all of those r rows."""
+        r = len(key_states)
+        self.keys[:r, :, self.length] = key_states[:, :, 0]
+        self.values[:r, :, self.length] = value_states[:, :, 0]
+        self.length += 1
+        return self.keys[:r, :, : self.length], self.values[:r, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many places are attended to, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return how many places are filled."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return how many places there are."""
+        return self.keys.shape[2]
+
+
+class _RoomyCache(Cache):
+    """Keys and values of a batch that only shrinks.
+
+    Args:
+        prefilled: caches of different prompts.
+        index: shape (r,), int64: which prompt each row continues.
+        budget: tokens to make room for.
+    """
+
+    def __init__(self, prefilled: Sequence[Cache], index: Tensor, budget: int):
+        layers = []
+        for parts in zip(*(cache.layers for cache in prefilled), strict=True):
+            keys, values = (
+                torch.cat([getattr(part, name) for part in parts]).index_select(0, index)
+                for name in ("keys", "values")
+            )
+            layers.append(_RoomyLayer(keys, values, budget))
+        super().__init__(layers=layers)
+
+    def drop(self, ended: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Move rows from the end into the places of those that ended.
+
+        Args:
+            ended: shape (r,), over the rows that there were.
+
+        Returns:
+            Which of those rows now stands in each place, shape (rows left,).
+        """
+        left = len(ended) - int(ended.sum())
+        kept = np.arange(left)
+        holes = np.flatnonzero(ended[:left])
+        kept[holes] = left + np.flatnonzero(~ended[left:])
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer[holes, :, : layer.length] = buffer[kept[holes], :, : layer.length]
+        return kept

@@ -1,0 +1,52 @@
+"""The errors that this library raises.
+
+Every message names the value that was given, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import gymnasium.error
+
+
+class LmrlError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigurationError(LmrlError, ValueError):
+    """An argument, or a combination of arguments, that cannot be meant."""
+
+
+class UnknownNameError(ConfigurationError):
+    """A template, engine, verifier or question set that nobody registered."""
+
+
+class QuestionError(LmrlError, ValueError):
+    """A question set that cannot be read, or a question that it does not hold."""
+
+
+class PromptTooLongError(QuestionError):
+    """A rendered prompt that leaves no room for a response in the model's context."""
+
+
+class ModelError(LmrlError, ValueError):
+    """A model or tokenizer that cannot be loaded or does not fit the job."""
+
+
+class InvalidActionError(LmrlError, gymnasium.error.InvalidAction):
+    """Actions of a wrong shape, dtype or range."""
+
+
+class ResetNeededError(LmrlError, gymnasium.error.ResetNeeded):
+    """A step or a fork before the first reset."""
+
+
+class GradingError(LmrlError, RuntimeError):
+    """The grading service cannot start or has been closed."""
+
+
+class EngineError(LmrlError, RuntimeError):
+    """An engine that cannot start or does not answer."""
+
+
+class WeightSyncError(EngineError):
+    """The engine's log-probs and the trainer's disagree after a weight sync."""

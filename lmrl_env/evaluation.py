@@ -1,0 +1,102 @@
+"""Held-out accuracy during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from lmrl_env.distributed import all_sum
+from lmrl_env.env import TokenVectorEnv
+from lmrl_env.rollout import Rollout, response_seeds, rollout
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from lmrl_env.engines.engine import Engine
+
+
+def evaluate(
+    envs: VectorEnv[Any, Any, Any],
+    engine: Engine,
+    accelerator: Accelerator,
+    *,
+    questions: int,
+    temperature: float,
+    seed: int,
+) -> dict[str, float | None]:
+    """Sample one response to each of a fixed choice of held-out questions.
+
+    The questions and the seeds are the same at every call, so that curves compare like with like.
+
+    Args:
+        envs: over the held-out questions, ``group_size=1``; all ranks' slots together number at
+            least ``questions``.
+        engine: samples.
+        accelerator: of this rank.
+        questions: how many, at most the size of the set.
+        temperature: of the samples.
+        seed: of the samples.
+
+    Returns:
+        ``eval/*`` metrics over all ranks.
+    """
+    env = cast(TokenVectorEnv, envs.unwrapped)
+    index = accelerator.process_index * env.num_envs + np.arange(env.num_envs)
+    order = np.random.default_rng(0).permutation(len(env.prompts))[:questions]
+    seeds = response_seeds(seed, 0, accelerator.num_processes * env.num_envs)[index]
+    batch = rollout(
+        envs,
+        engine,
+        question_ids=order[index % len(order)],
+        seeds=seeds,
+        temperature=temperature,
+    )
+    return outcome_metrics(accelerator, batch, index < len(order), prefix="eval")
+
+
+def outcome_metrics(
+    accelerator: Accelerator, batch: Rollout, counted: Any = True, prefix: str = ""
+) -> dict[str, float | None]:
+    """Return reward, accuracy and lengths over all ranks; None is a mean over nothing.
+
+    ``length/incorrect`` is of responses that ended by themselves and are not correct: those that
+    the budget cut off are counted by ``length/truncated_fraction`` alone.
+
+    Args:
+        accelerator: of this rank.
+        batch: of this rank.
+        counted: shape (N,), bool: rows that count.
+        prefix: before every key.
+    """
+    counted = np.broadcast_to(counted, batch.rewards.shape)
+    correct, length = batch.correct, batch.response_lengths
+    incorrect = ~correct & batch.terminated
+    sums = all_sum(
+        accelerator,
+        [
+            (values * chosen * counted).sum()
+            for values, chosen in (
+                (1, counted),
+                (1, correct),
+                (1, incorrect),
+                (1, batch.truncated),
+                (batch.rewards, counted),
+                (length, counted),
+                (length, correct),
+                (length, incorrect),
+            )
+        ],
+    ).tolist()
+    n, right, wrong, cut, reward, tokens, right_tokens, wrong_tokens = sums
+    prefix = f"{prefix}/" if prefix else ""
+    reward_key = "reward" if prefix else "reward/mean"
+    return {
+        f"{prefix}{reward_key}": reward / n,
+        f"{prefix}accuracy": right / n,
+        f"{prefix}length/mean": tokens / n,
+        f"{prefix}length/correct": right_tokens / right if right else None,
+        f"{prefix}length/incorrect": wrong_tokens / wrong if wrong else None,
+        f"{prefix}length/truncated_fraction": cut / n,
+    }

@@ -1,0 +1,291 @@
+r"""Whether two mathematical answers are the same answer.
+
+Plain numbers, with or without a unit, are compared exactly and without symbolic work. Everything
+else goes to Math-Verify (Kydlíček 2025), whose known false positives are ruled out first.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+_LONGEST_FORMULA = 2000
+"""Characters beyond which two answers are equal only if they are the same text."""
+
+_UNIT_NAMES = {
+    alias: names.split()[0]
+    for names in (
+        "mm millimeter millimetre",
+        "cm centimeter centimetre",
+        "m meter metre",
+        "km kilometer kilometre",
+        "inch inche in",
+        "foot feet ft",
+        "yard yd",
+        "mile mi",
+        "gram g",
+        "kg kilogram",
+        "pound lb",
+        "ounce oz",
+        "second sec",
+        "minute min",
+        "hour hr",
+        "liter litre",
+        "cent ¢",
+        "dollar usd $",
+        "percent %",
+        "degree deg circ °",
+        "am",
+        "pm",
+        "2 square sq",
+        "3 cubic cu",
+    )
+    for alias in names.split()
+}
+_NOT_UNITS = frozenset(
+    re.findall(
+        r"\w+",
+        "and or to of not is plus minus times over by mod pi point half halve quarter third choose "
+        "dozen hundred thousand million billion trillion factorial squared cubed root for if where "
+        "sin cos tan log exp sqrt max gcd lcm infinity",
+    )
+)
+
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_PLAIN_NUMBER = re.compile(
+    rf"""(?P<sign>[+-]?)\s*(?:
+        (?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}}))?
+      | (?:(?P<whole>[0-9]+)\s+)?(?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})
+      | (?P<frac_whole>[0-9]*)\s*\\frac\s*(?:
+            \{{\s*(?P<frac_top>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<frac_bottom>{_DECIMAL})\s*\}}
+          | (?P<digit_top>[0-9])\s*(?P<digit_bottom>[0-9])
+        )
+      | (?:(?P<mantissa>{_DECIMAL})\s*(?:\\times|\\cdot|[×·*])\s*)?
+        10\s*\^\s*(?:\{{\s*(?P<power>[+-]?[0-9]{{1,3}})\s*\}}|(?P<digit_power>[0-9]{{1,3}}))
+    )""",
+    re.VERBOSE,
+)
+
+_TEXT = r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf)\s*"
+_POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+_WORD = "(?:[A-Za-z]{3,}|" + "|".join(sorted(n for n in _UNIT_NAMES if n.isalpha() and len(n) > 1)) + r")\.?"
+_UNIT = re.compile(
+    rf"""(?<=[0-9A-Za-z}})\s])(?:
+        (?:{_TEXT}\{{[^{{}}]*\}}{_POWER}\s*)+
+      | (?<=\s){_WORD}(?:\s+{_WORD})*{_POWER}
+      | (?<=[0-9])(?:cm|mm|km|kg|am|pm|%|¢|°)
+      | \s[ap]\.m
+      | \s*\\% | \s*(?:\^\s*\{{?\s*\\circ\s*\}}?|°|\\degree)\s*[CF]?
+    )$""",
+    re.VERBOSE,
+)
+_NUMERAL_IN_BASE = re.compile(r"(-?[0-9A-Z]+)\s*_\s*\{?\s*([0-9]{1,2})\s*\}?")
+_NAMED = re.compile(
+    r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?![^=]*[,;=])\s*(.+)"
+)
+_PROSE = re.compile(r"(?=.*[A-Za-z]{3}|\(?[A-Za-z]\)?(?:\s*,|\s*$))[A-Za-z()][A-Za-z()\s.,;'-]*")
+
+
+def math_equal(prediction: str, gold: str) -> bool:
+    r"""Return whether a predicted answer is the gold answer.
+
+    Two plain numbers (integers, decimals, thousands commas, fractions, mixed numbers, powers of
+    ten) must be exactly equal. A unit may be missing on one side, but two units must agree; 12%
+    equals both 12 and 0.12. An irrational number may be given by six decimals. An empty gold
+    answer, or the word None that exporters leave for a missing one, equals nothing.
+
+    A hostile formula may take for ever: run this behind a ``Grader``.
+
+    >>> math_equal(r"\frac{1}{2}", "0.5"), math_equal("1,080 apples", "1080")
+    (True, True)
+    >>> math_equal("(1, 2)", "(2, 1)"), math_equal("15 cm", "15 m"), math_equal("", "")
+    (False, False, False)
+
+    Args:
+        prediction: what the response answers, LaTeX or plain text, without its box or tag.
+        gold: the right answer.
+    """
+    predicted_number, gold_number = _plain_number(prediction), _plain_number(gold)
+    if predicted_number is not None and gold_number is not None:  # nearly always, in arithmetic
+        return predicted_number == gold_number
+    prediction, gold = _normalise(prediction), _normalise(gold)
+    if not prediction or not gold or gold == "None":
+        return False
+    if _same_text(prediction, gold):
+        return True
+    if max(len(prediction), len(gold)) > _LONGEST_FORMULA:
+        return False
+    if ("=" in prediction) != ("=" in gold):
+        prediction, gold = _without_name(prediction), _without_name(gold)
+    prediction, predicted_unit = _split_unit(prediction)
+    gold, gold_unit = _split_unit(gold)
+    if predicted_unit and gold_unit and predicted_unit != gold_unit:
+        return False
+    predicted_number, gold_number = _plain_number(prediction), _plain_number(gold)
+    if predicted_number is not None and gold_number is not None:
+        if predicted_unit == {"percent"} and not gold_unit:
+            return gold_number in (predicted_number, predicted_number / 100)
+        if gold_unit == {"percent"} and not predicted_unit:
+            return predicted_number in (gold_number, gold_number / 100)
+        return predicted_number == gold_number
+    if _PROSE.fullmatch(prediction) and _PROSE.fullmatch(gold):
+        return _listed_words(prediction) == _listed_words(gold)
+    return _same_text(prediction, gold) or _symbolically_equal(prediction, gold)
+
+
+def _normalise(text: str) -> str:
+    """Return the text without what introduces or typesets an answer but does not change it."""
+    text = text.strip().replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
+    text = re.sub(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b\s*:?|\s*:)", "", text, flags=re.I)
+    text = re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", ",", text)
+    text = re.sub(r"(?<!\\)\\(?:[!()\[\]]|(?:left|right|displaystyle)(?![A-Za-z]))", "", text)
+    text = re.sub(r"(?<!\\)\\(?:[,;:\s]|q?quad(?![A-Za-z]))|[~\s]+", " ", text)
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+    if len(re.findall(r"(?<!\\)\$", text)) % 2:  # a price, not mathematics between dollars
+        text = re.sub(r"(?<!\\)\$(?=\s*[0-9.])", r"\\$", text, count=1)
+    text = re.sub(r"(?<!\\)\$", "", text).strip()
+    text = re.sub(r"^\\approx(?![A-Za-z])|[.,;:\s]+$", "", text).strip()
+    if re.fullmatch(rf"(?:[A-Za-z\s.,;()'-]|{_TEXT}\{{[^{{}}]*\}})+", text):
+        text = re.sub(rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1", text).strip()
+    return text.rstrip(".,;: ")
+
+
+def _same_text(a: str, b: str) -> bool:
+    """Return whether two texts differ in insignificant spaces at most."""
+    spaces = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+    return spaces.sub("", a) == spaces.sub("", b)
+
+
+def _without_name(text: str) -> str:
+    """Return the right-hand side of a single ``x = ...``, and any other text as it is."""
+    named = _NAMED.fullmatch(text)
+    return named[1] if named else text
+
+
+def _split_unit(text: str) -> tuple[str, frozenset[str]]:
+    """Return an answer without its unit, and the unit's words under their usual names."""
+    numeral = _NUMERAL_IN_BASE.fullmatch(text)
+    if numeral:
+        return numeral[1], frozenset({"base", numeral[2]})
+    if text.startswith(r"\$"):
+        return text[2:].strip(), frozenset({"dollar"})
+    found = _UNIT.search(text)
+    if not found:
+        return text, frozenset()
+    words = re.sub(rf"{_TEXT}|\.", "", found[0].lower())
+    names = set()
+    for word in re.findall(r"[a-z]+|-?[0-9]|[%¢°]", words):
+        singular = word.removesuffix("s") if len(word) > 2 else word
+        if word in _NOT_UNITS or singular in _NOT_UNITS:
+            return text, frozenset()
+        names.add(_UNIT_NAMES.get(word) or _UNIT_NAMES.get(singular) or singular)
+    return text[: found.start()].strip(), frozenset(names)
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """Return the exact value of a plain number, or None if the text is anything else."""
+    if len(text) > 200:
+        return None
+    match = _PLAIN_NUMBER.fullmatch(text.strip())
+    if not match:
+        return None
+    part = {name: value.replace(",", "") for name, value in match.groupdict("").items()}
+    top = part["top"] or part["frac_top"] or part["digit_top"]
+    bottom = part["bottom"] or part["frac_bottom"] or part["digit_bottom"]
+    if bottom:
+        if Fraction(bottom) == 0:
+            return None
+        value = Fraction(part["whole"] or part["frac_whole"] or 0)
+        value += Fraction(top) / Fraction(bottom)
+    elif part["decimal"]:
+        value = Fraction(part["decimal"]) * Fraction(10) ** int(part["exponent"] or 0)
+    else:
+        power = int(part["power"] or part["digit_power"])
+        value = Fraction(part["mantissa"] or 1) * Fraction(10) ** power
+    return -value if part["sign"] == "-" else value
+
+
+def _listed_words(text: str) -> Counter[str]:
+    """Return the items of an answer in words, such as ``east`` or ``A, C and D``."""
+    items = (item.strip(" ().") for item in re.split(r"[,;]|\band\b|\bor\b", text))
+    return Counter(item.casefold() if len(item) > 1 else item for item in items if item)
+
+
+def _symbolically_equal(prediction: str, gold: str) -> bool:
+    """Ask Math-Verify, and check its consent where it is known to consent too easily."""
+    predicted_value, gold_value = _parse(prediction), _parse(gold)
+    if predicted_value is None or gold_value is None:
+        return False
+    from math_verify import verify
+
+    return (
+        verify(gold_value, predicted_value, allow_set_relation_comp=True, timeout_seconds=None)
+        and _no_false_equation(predicted_value)
+        and _same_number_of_items(predicted_value, gold_value)
+        and _numerically_close(predicted_value, gold_value)
+    )
+
+
+@lru_cache(maxsize=512)
+def _parse(latex: str) -> Any:
+    """Return the SymPy value of a formula, or None if it has none."""
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify.parser import NormalizationConfig
+
+    # They warn that their own time limits are off, which work by signals in the main thread only.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    config = LatexExtractionConfig(
+        boxed_match_priority=0,
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
+        ),
+    )
+    values = parse(
+        f"\\boxed{{{latex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None
+    )
+    return values[0] if values else None
+
+
+def _no_false_equation(value: Any) -> bool:
+    """Return whether every equation between constants holds: ``4 = 5`` must not pay for 5."""
+    from sympy import Eq
+
+    equations = value.atoms(Eq)
+    return all(e.free_symbols or _numerically_close(e.lhs, e.rhs) for e in equations)
+
+
+def _same_number_of_items(a: Any, b: Any) -> bool:
+    """Return whether two lists are equally long: as sets, 2, 2, 3 and 2, 3 would be the same."""
+    from sympy import Expr, FiniteSet
+
+    counts = [
+        len(getattr(value, "_unsorted_args", value.args)) if isinstance(value, FiniteSet) else 1
+        for value in (a, b)
+        if isinstance(value, FiniteSet | Expr)
+    ]
+    return len(counts) < 2 or counts[0] == counts[1]
+
+
+def _numerically_close(a: Any, b: Any) -> bool:
+    """Return whether two expressions agree in relative terms: tiny constants are not all zero.
+
+    The variables stand for arbitrary numbers. What has no numeric value is left to Math-Verify.
+    """
+    from sympy import Expr
+
+    if not isinstance(a, Expr) or not isinstance(b, Expr):
+        return True
+    names = sorted({symbol.name for symbol in a.free_symbols | b.free_symbols})
+    numbers = {name: 1.1 + 0.37 * i for i, name in enumerate(names)}
+    try:
+        x, y = (
+            complex(v.doit().subs({s: numbers[s.name] for s in v.free_symbols}).evalf())
+            for v in (a, b)
+        )
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return True
+    return x == y or y == 0 or abs(x - y) <= 1e-6 * max(abs(x), abs(y))

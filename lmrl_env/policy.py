@@ -1,0 +1,273 @@
+"""The policy under training: a causal language model as log-probabilities of response tokens."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_packed_attention
+from lmrl_env.errors import ConfigurationError, ModelError
+from lmrl_env.tokenizer import model_path
+
+LOGITS_AT_ONCE = 2**24
+"""Most elements of a logits tensor that exist at one time."""
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load a causal language model whose sampler and trainer see the same distribution.
+
+    Dropout is off, in training mode too. Weights are read from safetensors only, and no code that
+    comes with them is run.
+
+    Args:
+        model: ``tiny``, a folder in the Transformers format, or a hub id.
+        dtype: of the weights, such as ``"bfloat16"``.
+        device: where they shall be.
+
+    Raises:
+        ModelError: if the model cannot be loaded, or lacks some of its weights.
+        ConfigurationError: if there is no such dtype.
+    """
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise ConfigurationError(
+            f"dtype {dtype!r} is no floating-point type: expected 'float32', 'bfloat16' or 'float16'"
+        )
+    path = model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        for name in _dropouts(config):
+            setattr(config.get_text_config(), name, 0.0)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "folder" if os.path.isdir(path) else "name"
+        raise ModelError(
+            f"cannot load the model {where} {model!r}: expected 'tiny', a folder with config.json "
+            f"and *.safetensors, or a hub id that can be reached ({error})"
+        ) from error
+    if report["missing_keys"]:
+        raise ModelError(
+            f"the weights of {model!r} lack {sorted(report['missing_keys'])}, which would be left "
+            "at random: expected a complete causal language model; download or export it again"
+        )
+    use_packed_attention(loaded)
+    return loaded.to(device).eval()
+
+
+def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """Return the dropout probabilities of a configuration that are not 0."""
+    return {
+        name: value
+        for name, value in config.get_text_config().to_dict().items()
+        if ("drop" in name) and isinstance(value, float) and value > 0
+    }
+
+
+class TokenBatch(NamedTuple):
+    """Prompts and the responses to them.
+
+    Attributes:
+        prompt_ids: shape (q, P), int64, left-aligned, 0 at padding.
+        prompt_lengths: shape (q,), int64, at least 1.
+        prompt_index: shape (n,), int64: which prompt each response continues.
+        response_ids: shape (n, K), int64, left-aligned, 0 at padding.
+        response_lengths: shape (n,), int64, at least 1.
+    """
+
+    prompt_ids: Tensor
+    prompt_lengths: Tensor
+    prompt_index: Tensor
+    response_ids: Tensor
+    response_lengths: Tensor
+
+
+class Policy(nn.Module):
+    """Log-probabilities and entropies of response tokens under a causal language model.
+
+    A prompt is forwarded once for all its responses, padding never, and logits exist for a part
+    of the tokens at a time. Models whose attention cannot do so, such as those with sliding
+    windows, take a plain padded forward of every prompt and response.
+
+    Args:
+        model: a causal language model without dropout, as ``load_model`` gives it.
+        vocab_size: V, ids that the tokenizer can emit; the softmax is over these alone.
+
+    Raises:
+        ModelError: if the model drops out, has fewer than V logits, or logits that are not its
+            output embedding applied to the last hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int):
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        if dropouts := _dropouts(model.config):
+            raise ModelError(
+                f"the model has {dropouts}: expected no dropout, since trainer and engine must see "
+                "the same distribution; use load_model, which sets it to 0"
+            )
+        _check_head(model, vocab_size)
+
+    def forward(
+        self, batch: TokenBatch, *, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probability and entropy of each response token.
+
+        log π(yₖ | x, y₍<ₖ₎) = log softmax(logits / temperature)[yₖ], in nats
+
+        Args:
+            batch: prompts and responses, on the model's device.
+            temperature: above 0, divides the logits.
+            with_entropy: whether to compute −Σᵥ π(v) log π(v) too.
+
+        Returns:
+            Log-probabilities and entropies (or None), both of shape (n, K), float32, 0 at
+            padding; gradients flow through both.
+
+        Raises:
+            ConfigurationError: if the temperature is not above 0.
+            ModelError: if the model does not hand the layout of a packed row to its attention.
+        """
+        if not temperature > 0:
+            raise ConfigurationError(
+                f"temperature {temperature} is not above 0: a greedy policy has no log-probability "
+                "gradient; sample and train at the same positive temperature"
+            )
+        packed = self.model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
+        hidden, before = self._packed(batch) if packed else self._padded(batch)
+        column = torch.arange(batch.response_ids.shape[1], device=hidden.device)
+        mask = column < batch.response_lengths[:, None]  # (n, K)
+        logprobs, entropies = self._token_statistics(
+            hidden.index_select(0, before[mask]),
+            batch.response_ids[mask],
+            temperature,
+            with_entropy,
+        )
+        zeros = logprobs.new_zeros(mask.shape)
+        entropy = None if entropies is None else zeros.masked_scatter(mask, entropies)
+        return zeros.masked_scatter(mask, logprobs), entropy
+
+    def _packed(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
+        layout = PackedLayout(
+            batch.prompt_lengths, batch.prompt_index, batch.response_lengths - 1
+        )  # nothing is predicted from a response's last token
+        width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
+        column = torch.arange(max(width, length), device=batch.prompt_ids.device)
+        prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+        hidden = self.model.base_model(
+            input_ids=layout.pack(batch.prompt_ids, batch.response_ids)[None],
+            position_ids=layout.pack(
+                column[:width].expand(len(batch.prompt_lengths), -1),
+                prompt_lengths[:, None] + column[:length],
+            )[None],
+            # A mask of four dimensions keeps Transformers from building one of T × T.
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=column.device),
+            use_cache=False,
+            layout=layout,
+        ).last_hidden_state[0]
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if layout.attended != layers:
+            raise ModelError(
+                f"{type(self.model).__name__} attended by the packed layout in {layout.attended} "
+                f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
+            )
+        last = layout.prompt_starts[batch.prompt_index] + prompt_lengths - 1
+        before = layout.response_starts[:, None] + column[: length - 1]
+        return hidden, torch.cat([last[:, None], before], dim=1)
+
+    def _padded(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
+        n, length = batch.response_ids.shape
+        prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+        column = torch.arange(length, device=batch.response_ids.device)
+        places = prompt_lengths[:, None] + column
+        rows = F.pad(batch.prompt_ids[batch.prompt_index], (0, length)).scatter(
+            1, places, batch.response_ids
+        )
+        # Padding stands behind what counts, where a causal model does not look: no mask.
+        hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state
+        row_starts = rows.shape[1] * torch.arange(n, device=rows.device)
+        return hidden.flatten(0, 1), row_starts[:, None] + places - 1
+
+    def _token_statistics(
+        self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities and entropies, (t,), of the tokens that states (t, H) predict."""
+
+        def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
+            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+            all_logprobs = (logits.to(at_least_float32) / temperature).log_softmax(-1)
+            logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
+            if not with_entropy:
+                return logprobs, None
+            return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
+
+        tokens_at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        if len(states) <= tokens_at_once:
+            return statistics(states, targets)
+        logprobs, entropies = zip(
+            *(
+                checkpoint(statistics, *chunk, use_reentrant=False)
+                for chunk in zip(
+                    states.split(tokens_at_once), targets.split(tokens_at_once), strict=True
+                )
+            ),
+            strict=True,
+        )
+        return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def _check_head(model: PreTrainedModel, vocab_size: int) -> None:
+    """Refuse a model whose logits are not its output embedding of the last hidden state.
+
+    The output embedding is made to return known logits once: a soft cap or a scale shows.
+    """
+    head = model.get_output_embeddings()
+    width = head.weight.shape[0]
+    if width < vocab_size:
+        raise ModelError(
+            f"the model has {width} logits and the tokenizer {vocab_size} tokens: expected at "
+            "least as many logits; load model and tokenizer from the same folder"
+        )
+    known = torch.linspace(-100, 100, width, dtype=head.weight.dtype, device=head.weight.device)
+    inputs = []
+
+    def give_known_logits(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs.append(args[0])
+        return known.expand_as(output)
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)
+    handle = head.register_forward_hook(give_known_logits)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=token, use_cache=False).logits
+            hidden = model.base_model(input_ids=token, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+    if not torch.equal(logits[0, 0], known) or not torch.equal(inputs[0], hidden):
+        raise ModelError(
+            f"logits of {type(model).__name__} are not its output embedding of the last hidden "
+            "state (a soft cap, a scale?): such a model would be trained on wrong log-probs; use "
+            "one without"
+        )

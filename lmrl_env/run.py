@@ -1,0 +1,401 @@
+"""A training run: its folder, its log, its clock, its checkpoints, and its clean end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import torch
+from gymnasium.vector import VectorEnv
+from torch import nn
+
+from lmrl_env.checkpoint import latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.evaluation import evaluate
+from lmrl_env.plotting import plot_curves
+from lmrl_env.progress import ProgressDisplay
+from lmrl_env.prompts import PromptTable
+from lmrl_env.registration import make_engine
+from lmrl_env.rollout import Rollout
+
+if TYPE_CHECKING:
+    from lmrl_env.engines.engine import Engine
+
+PACKAGES = ("accelerate", "gymnasium", "lmrl_env", "math-verify", "torch", "transformers", "vllm")
+
+
+class Run:
+    """The folder ``config.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
+
+    It watches for Ctrl-C and SIGTERM: the loop over ``steps`` then ends after the step at hand,
+    with a checkpoint. A second Ctrl-C ends at once.
+
+    Args:
+        args: the program's arguments, with the fields that ``algos/`` share.
+        algorithm_file: of the program, which the run is named after.
+
+    Attributes:
+        accelerator: of this rank.
+        plan: which part of a batch belongs to which rank, optimiser step and micro-batch.
+        dir: the folder.
+        checkpoint: folder to resume from, or None.
+
+    Raises:
+        ConfigurationError: if the folder already holds a run that is not to be resumed.
+    """
+
+    def __init__(self, args: Any, algorithm_file: str):
+        self.args = args
+        self.algorithm = Path(algorithm_file).stem
+        args.run_dir = args.run_dir or _default_run_dir(self.algorithm, args.env, args.seed)
+        self.dir = Path(args.run_dir)
+        if not args.resume and (self.dir / "metrics.jsonl").exists():
+            raise ConfigurationError(
+                f"--run-dir {args.run_dir!r} already holds a run: name another folder, or go on "
+                f"with --resume {args.run_dir}"
+            )
+        self.accelerator = make_accelerator(args.device, args.dtype, args.tracker, args.run_dir)
+        self.is_main = self.accelerator.is_main_process
+        self.plan = BatchPlan(
+            self.accelerator,
+            questions=args.prompts_per_step,
+            group_size=args.group_size,
+            updates=args.updates_per_step,
+            epochs=args.epochs,
+            max_tokens=args.micro_batch_tokens,
+            seed=args.seed,
+        )
+        self.checkpoint = latest_checkpoint(self.dir) if args.resume else None
+        self.last_step = 0
+        if self.checkpoint is not None:
+            self.last_step = int(read_state(self.checkpoint)["step"])
+        torch.manual_seed(args.seed)
+        self.rows: list[dict[str, Any]] = []
+        self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
+        self._stack = ExitStack()
+        self._started = time.perf_counter()
+        self._stop_signal: signal.Signals | None = None
+        self._stopping = False
+        self._batch_saved = False
+
+    @property
+    def model(self) -> str:
+        """Return the model to start from: that of the checkpoint when the run is resumed."""
+        return str(self.checkpoint or self.args.model)
+
+    def make_envs(self) -> tuple[VectorEnv[Any, Any, Any], VectorEnv[Any, Any, Any]]:
+        """Make this rank's environments, to train in and to evaluate in."""
+        args = self.args
+        common = {
+            "model": args.model,
+            "engine": args.engine,
+            "max_new_tokens": args.max_new_tokens,
+            "tokens_per_step": args.max_new_tokens,
+            "autoreset_mode": "Disabled",
+        }
+        envs = gym.make_vec(
+            args.env,
+            self.plan.groups * args.group_size,
+            questions=args.questions,
+            group_size=args.group_size,
+            **common,
+        )
+        eval_envs = gym.make_vec(
+            args.env,
+            math.ceil(args.eval_questions / self.accelerator.num_processes),
+            questions=args.eval_set or args.questions,
+            split="all" if args.eval_set else "heldout",
+            **common,
+        )
+        return envs, eval_envs
+
+    # --- begin
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop_signal = signal.Signals(number)
+        self.display.console.print(
+            f"{self._stop_signal.name}: ending after this step with a checkpoint"
+        )
+
+    def start(
+        self,
+        envs: VectorEnv[Any, Any, Any],
+        eval_envs: VectorEnv[Any, Any, Any],
+        policy: nn.Module,
+    ) -> Engine:
+        """Write ``config.json``, start trackers, engine and display, and evaluate the start.
+
+        Args:
+            envs: to train in.
+            eval_envs: to evaluate in.
+            policy: as ``prepare`` returned it.
+
+        Returns:
+            The engine, with the policy's weights.
+        """
+        args, tables = self.args, (envs.unwrapped.prompts, eval_envs.unwrapped.prompts)
+        if self.is_main:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            config = {
+                **vars(args),
+                "algorithm": self.algorithm,
+                "ranks": self.accelerator.num_processes,
+                "env_spec": None if envs.spec is None else json.loads(envs.spec.to_json()),
+                "train_questions": f"{tables[0].questions.report}; {tables[0].dropped} too long",
+                "eval_questions_set": f"{tables[1].questions.report}; {tables[1].dropped} too long",
+                "command": sys.argv,
+                "commit": _git_commit(),
+                "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {_gpus()}",
+                "versions": {package: _version(package) for package in PACKAGES},
+            }
+            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            self._keep_rows_until(self.last_step)
+            self._print_heading(tables[0], tables[1])
+        if args.tracker:
+            values = {k: v for k, v in vars(args).items() if v is not None}
+            self.accelerator.init_trackers("lmrl_env", config=values)
+        self._canary_prompt = tables[0][0].tolist()
+        engine = make_engine(
+            args.engine,
+            args.model,
+            max_model_len=max(table.width for table in tables) + args.max_new_tokens,
+            module=self.accelerator.unwrap_model(policy).model,
+            dtype=args.dtype,
+            seed=args.seed,
+        )
+        self._sync_weights(policy, engine)
+        self._stack.enter_context(self.display)
+        for row in self.rows:
+            self.display.update(row)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        if self.last_step == 0:
+            self._write_row(self.evaluate(eval_envs, engine))
+        return engine
+
+    def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
+        args, show = self.args, self.display.console.print
+        show(f"{self.algorithm} trains {args.model} in {args.env}; everything goes to {self.dir}")
+        for name, table in (("train", train), ("held-out", heldout)):
+            note = f", {table.dropped} too long for the context" if table.dropped else ""
+            show(f"[dim]{name} questions: {table.questions.report}{note}[/]")
+
+    def _keep_rows_until(self, step: int) -> None:
+        """Drop logged rows that the checkpoint does not know of: they will be written again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.dir / name
+            lines = path.read_text().splitlines() if path.exists() else []
+            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if name == "metrics.jsonl":
+                self.rows = rows
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimiser back that the run is resumed with."""
+        if self.checkpoint is not None:
+            load_optimizer(self.checkpoint, optimizer)
+
+    # --- the clock
+
+    def steps(self) -> Iterator[int]:
+        """Yield the numbers of the steps to do, from 1, until a signal asks to stop."""
+        while self.last_step < self.args.steps and not self._stopping:
+            self.last_step += 1
+            yield self.last_step
+
+    def is_stopping(self) -> bool:
+        """Return whether a signal reached any rank; every rank calls, once a step."""
+        self._stopping = any_rank(self.accelerator, self._stop_signal is not None)
+        return self._stopping
+
+    def is_due(self, every: int) -> bool:
+        """Return whether something that happens every so many steps happens after this one.
+
+        It also happens after the last step; 0 is at the last step only.
+        """
+        last = self.last_step == self.args.steps
+        return last or (every > 0 and self.last_step % every == 0)
+
+    # --- engine and evaluation
+
+    def _sync_weights(self, policy: nn.Module, engine: Engine) -> float:
+        return sync_weights(
+            self.accelerator,
+            policy,
+            engine,
+            self.last_step,
+            prompt_ids=self._canary_prompt,
+            temperature=self.args.temperature,
+            dtype=self.args.dtype,
+        )
+
+    def sync(
+        self, policy: nn.Module, engine: Engine, batch: Rollout, train_seconds: float
+    ) -> dict[str, float]:
+        """Give the engine the new weights, and return where the step's time went.
+
+        Args:
+            policy: as ``prepare`` returned it.
+            engine: of this rank.
+            batch: the step's rollout, whose times it is.
+            train_seconds: of the step's updates.
+        """
+        started = time.perf_counter()
+        gap = self._sync_weights(policy, engine)
+        sync_seconds = time.perf_counter() - started
+        tokens = float(all_sum(self.accelerator, batch.mask.sum()))
+        seconds = batch.sample_seconds + batch.env_seconds + train_seconds + sync_seconds
+        return {
+            "mismatch/canary_logprob_abs_max": gap,
+            "throughput/sample_tokens_per_s": tokens / batch.sample_seconds,
+            "throughput/step_seconds": seconds,
+            "time/sample": batch.sample_seconds,
+            "time/verify": batch.env_seconds,
+            "time/train": train_seconds,
+            "time/sync": sync_seconds,
+        }
+
+    def evaluate(
+        self, eval_envs: VectorEnv[Any, Any, Any], engine: Engine
+    ) -> dict[str, float | None]:
+        """Return ``eval/*`` metrics of the engine's weights."""
+        return evaluate(
+            eval_envs,
+            engine,
+            self.accelerator,
+            questions=self.args.eval_questions,
+            temperature=self.args.temperature,
+            seed=self.args.seed,
+        )
+
+    # --- the log
+
+    def log(
+        self, metrics: Mapping[str, Any], batch: Rollout, envs: VectorEnv[Any, Any, Any]
+    ) -> None:
+        """Append a row to ``metrics.jsonl`` and a group of responses to ``samples.jsonl``.
+
+        Args:
+            metrics: of the step, the same on every rank.
+            batch: of this rank; the first rank's first group is written.
+            envs: that it was sampled in.
+        """
+        self._write_row(metrics)
+        self._write_samples(batch, self.args.group_size, envs.unwrapped.tokenizer.decode)
+        if self.args.save_batch and not self._batch_saved:
+            name = self.args.save_batch
+            if self.accelerator.num_processes > 1:
+                name = f"{name}.rank{self.accelerator.process_index}"
+            batch.save(name, group_size=self.args.group_size, args=vars(self.args))
+            self._batch_saved = True
+
+    def _write_row(self, metrics: Mapping[str, Any]) -> None:
+        row = {"step": self.last_step, **metrics}
+        self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, self.last_step)
+        if self.is_main:
+            self.rows.append(row)
+            with (self.dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.display.update(row)
+
+    def _write_samples(self, rollout: Rollout, count: int, decode: Callable[[Any], str]) -> None:
+        if not self.is_main:
+            return
+        with (self.dir / "samples.jsonl").open("a") as file:
+            for i in range(min(count, len(rollout.rewards))):
+                sample = {
+                    "step": self.last_step,
+                    "question_id": int(rollout.question_ids[i]),
+                    "prompt": decode(rollout.prompt_ids[i, : rollout.prompt_lengths[i]]),
+                    "response": rollout.responses[i],
+                    "answer": rollout.answers[i],
+                    "reward": float(rollout.rewards[i]),
+                    "finish_reason": "stop" if rollout.terminated[i] else "length",
+                    "verifier_status": rollout.verifier_status[i],
+                    "length": int(rollout.response_lengths[i]),
+                }
+                file.write(json.dumps(sample) + "\n")
+
+    # --- checkpoints and the end
+
+    def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write ``checkpoints/step-N`` and ``curves.png``."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            folder = self.dir / "checkpoints" / f"step-{self.last_step}"
+            model = self.accelerator.unwrap_model(policy).model
+            save_checkpoint(folder, model, self.args.model, optimizer, {"step": self.last_step})
+            plot_curves(self.rows, self.dir / "curves.png", self._title())
+        self.accelerator.wait_for_everyone()
+
+    def _title(self) -> str:
+        args = self.args
+        return f"{self.algorithm}, {args.env}, {args.model}, {args.questions}, seed {args.seed}"
+
+    def summarize(self) -> None:
+        """Say how accuracy moved and where everything is."""
+        if not self.is_main:
+            return
+        self._stack.close()
+        evaluated = [row for row in self.rows if row.get("eval/accuracy") is not None]
+        show = self.display.console.print
+        if evaluated:
+            first, last = evaluated[0], evaluated[-1]
+            show(
+                f"held-out accuracy {first['eval/accuracy']:.1%} (step {first['step']}) → "
+                f"[bold]{last['eval/accuracy']:.1%}[/] (step {last['step']}), "
+                f"{self.args.eval_questions} questions at temperature {self.args.temperature}"
+            )
+        minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
+        show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
+        for path in sorted(self.dir.iterdir()):
+            show(f"  {path}{'/' if path.is_dir() else ''}")
+        if self.last_step < self.args.steps:
+            show(f"go on with: python {sys.argv[0]} --resume {self.dir}")
+
+
+def _default_run_dir(algorithm: str, env: str, seed: int) -> str:
+    """Return ``runs/ALGORITHM-ENV-SEED-TIME``."""
+    name = env.rsplit(":", 1)[-1]
+    return f"runs/{algorithm}-{name}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that this file is in, or None outside of one."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
