@@ -10,11 +10,12 @@ a loss that is biased towards short or long answers has a length to choose.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +26,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmrl_env.questions.arithmetic import LARGEST, SMALLEST, Problem, problems
+from lmrl_env.questions.arithmetic import LARGEST, SMALLEST, Problem, arithmetic_questions, problems
 from lmrl_env.templates import NONE, QWEN_MATH, R1, TEMPLATES, Template
-from lmrl_env.tokenizer import TINY_MODEL
 
 EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 512
@@ -38,13 +38,19 @@ CAREFUL_ACCURACY = 0.97
 CARELESS_ACCURACY = 0.2
 TAIL_PROBABILITY = 0.5
 """Of one more sentence after the result, whatever was said before."""
-FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.55, "sums": 0.1}
+FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
 """Shares of documents: the three templates, and plain lists of sums."""
 
+TOKENIZER_DOCUMENTS = 20_000
 CHUNK_DOCUMENTS = 4096
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
+
+EVAL_QUESTIONS = 512
+EVAL_SAMPLES = 8
+EVAL_BATCH = 32
+MAX_NEW_TOKENS = 96
 
 CAREFUL_OPENINGS = ("Step by step:", "Let me work it out:", "I calculate:")
 CARELESS_OPENINGS = ("I guess it is", "At a glance it is", "Maybe it is")
@@ -107,7 +113,9 @@ def documents(seed: int) -> Iterator[Document]:
         name = rng.choices(list(FORMATS), list(FORMATS.values()))[0]
         if name == "sums":
             steps = [next(sums).steps[0] for _ in range(10)]
-            yield Document("", " ".join(f"{s.left}{s.operator}{s.right}={s.result}." for s in steps))
+            yield Document(
+                "", " ".join(f"{s.left}{s.operator}{s.right}={s.result}." for s in steps)
+            )
         else:
             yield write_document(rng, next(stories), TEMPLATES[name])
 
@@ -187,7 +195,7 @@ def batches(
         for i, row in enumerate(rows):
             if (i + 1 - cuts[-1]) * len(row) > BATCH_TOKENS:
                 cuts.append(i)
-        groups = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        groups = [rows[a:b] for a, b in itertools.pairwise([*cuts, len(rows)])]
         rng.shuffle(groups)
         for group in groups:
             width = len(group[-1])
@@ -201,7 +209,7 @@ def train(
 ) -> float:
     """Train in place and return the mean loss of the last hundred steps, in nats per token."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -228,3 +236,187 @@ def train(
             loss_mean += 0.01 * (loss.item() - loss_mean)
             progress.update(task, advance=1, description=f"pretrain, loss {loss_mean:.3f}")
     return loss_mean
+
+
+class Response(NamedTuple):
+    """What is measured of one sampled response.
+
+    Attributes:
+        right: whether it finished with the right answer.
+        finished: whether it ended within the budget.
+        careful: whether it opened in the careful style.
+        tokens: its length without the EOS.
+        tails: sentences after the result.
+    """
+
+    right: bool
+    finished: bool
+    careful: bool
+    tokens: int
+    tails: int
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, template: Template
+) -> list[Response]:
+    """Sample responses to held-out questions at temperature 1, those to a question adjacent."""
+    responses = []
+    questions = arithmetic_questions("heldout", size=EVAL_QUESTIONS)
+    for start in range(0, EVAL_QUESTIONS, EVAL_BATCH):
+        group = questions[start : start + EVAL_BATCH]
+        prompts = [template.render(question.question) for question in group]
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        output = model.generate(  # type: ignore[misc]
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=EVAL_SAMPLES,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        for i, row in enumerate(output[:, inputs["input_ids"].shape[1] :].tolist()):
+            finished = tokenizer.eos_token_id in row
+            token_ids = row[: row.index(tokenizer.eos_token_id)] if finished else row
+            answer = group[i // EVAL_SAMPLES].answer
+            text = str(tokenizer.decode(token_ids)).strip()
+            answers = re.findall(r"<answer>(\d+)</answer>|boxed{(\d+)}", text)
+            right = finished and bool(answers) and answer in answers[-1]
+            responses.append(
+                Response(
+                    right=right,
+                    finished=finished,
+                    careful=text.startswith(CAREFUL_OPENINGS),
+                    tokens=len(token_ids),
+                    tails=sum(text.count(tail) for tail in TAILS),
+                )
+            )
+    return responses
+
+
+def mean(values: Iterable[float]) -> str:
+    """Return a mean as a table cell; a dash where there are none."""
+    values = list(values)
+    return f"{sum(values) / len(values):.3g}" if values else "-"
+
+
+def template_row(name: str, responses: Sequence[Response]) -> str:
+    """Return the line of a template in the model card's first table."""
+    groups = [responses[i : i + EVAL_SAMPLES] for i in range(0, len(responses), EVAL_SAMPLES)]
+    cells = [
+        name,
+        mean(r.right for r in responses),
+        mean(any(r.right for r in group) for group in groups),
+        mean(not r.finished for r in responses),
+        mean(r.tokens for r in responses if r.right),
+        mean(r.tokens for r in responses if not r.right),
+        mean(r.careful for r in responses),
+        mean(r.right for r in responses if r.careful),
+        mean(r.right for r in responses if not r.careful),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def style_row(careful: bool, right: bool, responses: Sequence[Response]) -> str:
+    """Return the line of a style and an outcome in the model card's second table."""
+    chosen = [r for r in responses if r.finished and (r.careful, r.right) == (careful, right)]
+    cells = [
+        "careful" if careful else "careless",
+        "right" if right else "wrong",
+        str(len(chosen)),
+        mean(r.tokens for r in chosen),
+        mean(r.tails for r in chosen),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+CARD = """# tiny
+
+A base language model of {parameters:,} parameters for trying reinforcement learning on a laptop:
+`{architecture}`, {layers} layers of width {width}, context {context}, float32, with a byte-level
+BPE tokenizer of {vocab} tokens (any text can be encoded; every digit is a token). It was trained
+from scratch, on nothing but text that its script makes: word problems of the training split of
+the built-in `arithmetic` questions, in the R1 and Qwen-Math templates and without one, with
+careful and careless solutions, and lists of sums. It knows nothing else, and no text longer than
+about 250 tokens. Licence: MIT, as the package.
+
+## Recipe
+
+`python examples/pretrain_tiny.py --steps {steps} --seed {seed}`: {steps} steps of about
+{batch_tokens} tokens, AdamW (0.9, 0.95), weight decay 0.1, learning rate {lr} with {warmup} steps
+of warm-up and a cosine to zero, gradient norm 1; {minutes:.0f} minutes on {threads} threads; final
+loss {loss:.3f} nats a token over all of the text.
+
+Shares of documents: {formats}. Careful solutions: {careful}; right {careful_accuracy:.0%} of the
+time, the others {careless_accuracy:.0%}. After the result, each further sentence that repeats it
+has probability {tail}, whatever was said before.
+
+## Measured
+
+Temperature 1, at most {budget} new tokens, {questions} held-out questions x {samples} responses.
+Lengths are mean tokens, without the EOS.
+
+| template | accuracy | pass@{samples} | truncated | length, right | length, wrong | careful | \
+accuracy, careful | accuracy, careless |
+|---|---|---|---|---|---|---|---|---|
+{template_rows}
+
+With the R1 template, by style and outcome (finished responses):
+
+| style | result | responses | length | tail sentences |
+|---|---|---|---|---|
+{style_rows}
+"""
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default="runs/tiny", show_default=True)
+@click.option("--steps", default=5000, show_default=True, help="Optimiser steps.")
+@click.option("--seed", default=0, show_default=True)
+def main(out: Path, steps: int, seed: int) -> None:
+    """Pretrain the tiny base model and write its folder, with a model card, to OUT."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(list(itertools.islice(documents(seed), TOKENIZER_DOCUMENTS)))
+    model = make_model(tokenizer)
+    start = time.monotonic()
+    loss = train(model, tokenizer, steps, seed)
+    minutes = (time.monotonic() - start) / 60
+    model.eval()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    responses = {name: sample(model, tokenizer, template) for name, template in TEMPLATES.items()}
+    card = CARD.format(
+        parameters=model.num_parameters(),
+        architecture=type(model).__name__,
+        layers=model.config.num_hidden_layers,
+        width=model.config.hidden_size,
+        context=model.config.max_position_embeddings,
+        vocab=VOCAB_SIZE,
+        steps=steps,
+        seed=seed,
+        batch_tokens=BATCH_TOKENS,
+        lr=LEARNING_RATE,
+        warmup=WARMUP_STEPS,
+        minutes=minutes,
+        threads=torch.get_num_threads(),
+        loss=loss,
+        formats=", ".join(f"{name} {share:.0%}" for name, share in FORMATS.items()),
+        careful=", ".join(f"{name} {share:.0%}" for name, share in CAREFUL_SHARE.items()),
+        careful_accuracy=CAREFUL_ACCURACY,
+        careless_accuracy=CARELESS_ACCURACY,
+        tail=TAIL_PROBABILITY,
+        budget=MAX_NEW_TOKENS,
+        questions=EVAL_QUESTIONS,
+        samples=EVAL_SAMPLES,
+        template_rows="\n".join(template_row(name, rows) for name, rows in responses.items()),
+        style_rows="\n".join(
+            style_row(careful, right, responses[R1.name])
+            for careful, right in itertools.product((True, False), repeat=2)
+        ),
+    )
+    (out / "README.md").write_text(card)
+    click.echo(card)
+    click.echo(f"The model is in {out}")
+
+
+if __name__ == "__main__":
+    main()

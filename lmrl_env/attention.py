@@ -224,10 +224,10 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         Whether it does from now on.
     """
     config = model.config.get_text_config()
-    everything = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     if (
         not model._supports_attention_backend
-        or everything != {"full_attention"}
+        or set(layer_types) != {"full_attention"}
         or getattr(config, "sliding_window", None)
     ):
         return False

@@ -18,11 +18,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from lmrl_env.grading_process import OUT_OF_MEMORY
 from lmrl_env.types import Question
 from lmrl_env.verifiers import Status, Verdict, Verifier
-
-OUT_OF_MEMORY = 86
-"""Exit status of a worker that hit its memory limit and may hold on to what filled it."""
 
 
 def main() -> None:

@@ -72,7 +72,11 @@ _PLAIN_NUMBER = re.compile(
 
 _TEXT = r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf)\s*"
 _POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
-_WORD = "(?:[A-Za-z]{3,}|" + "|".join(sorted(n for n in _UNIT_NAMES if n.isalpha() and len(n) > 1)) + r")\.?"
+_WORD = (
+    "(?:[A-Za-z]{3,}|"
+    + "|".join(sorted(n for n in _UNIT_NAMES if n.isalpha() and len(n) > 1))
+    + r")\.?"
+)
 _UNIT = re.compile(
     rf"""(?<=[0-9A-Za-z}})\s])(?:
         (?:{_TEXT}\{{[^{{}}]*\}}{_POWER}\s*)+
@@ -112,13 +116,15 @@ def math_equal(prediction: str, gold: str) -> bool:
     predicted_number, gold_number = _plain_number(prediction), _plain_number(gold)
     if predicted_number is not None and gold_number is not None:  # nearly always, in arithmetic
         return predicted_number == gold_number
+    if max(len(prediction), len(gold)) > _LONGEST_FORMULA:
+        return prediction.strip() == gold.strip()
     prediction, gold = _normalise(prediction), _normalise(gold)
     if not prediction or not gold or gold == "None":
         return False
     if _same_text(prediction, gold):
         return True
-    if max(len(prediction), len(gold)) > _LONGEST_FORMULA:
-        return False
+    if _PROSE.fullmatch(prediction) and _PROSE.fullmatch(gold):
+        return _listed_words(prediction) == _listed_words(gold)
     if ("=" in prediction) != ("=" in gold):
         prediction, gold = _without_name(prediction), _without_name(gold)
     prediction, predicted_unit = _split_unit(prediction)
@@ -132,8 +138,6 @@ def math_equal(prediction: str, gold: str) -> bool:
         if gold_unit == {"percent"} and not predicted_unit:
             return predicted_number in (gold_number, gold_number / 100)
         return predicted_number == gold_number
-    if _PROSE.fullmatch(prediction) and _PROSE.fullmatch(gold):
-        return _listed_words(prediction) == _listed_words(gold)
     return _same_text(prediction, gold) or _symbolically_equal(prediction, gold)
 
 
@@ -148,7 +152,7 @@ def _normalise(text: str) -> str:
     if len(re.findall(r"(?<!\\)\$", text)) % 2:  # a price, not mathematics between dollars
         text = re.sub(r"(?<!\\)\$(?=\s*[0-9.])", r"\\$", text, count=1)
     text = re.sub(r"(?<!\\)\$", "", text).strip()
-    text = re.sub(r"^\\approx(?![A-Za-z])|[.,;:\s]+$", "", text).strip()
+    text = re.sub(r"^\\approx(?![A-Za-z])", "", text).strip().rstrip(".,;: ")
     if re.fullmatch(rf"(?:[A-Za-z\s.,;()'-]|{_TEXT}\{{[^{{}}]*\}})+", text):
         text = re.sub(rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1", text).strip()
     return text.rstrip(".,;: ")
@@ -174,8 +178,8 @@ def _split_unit(text: str) -> tuple[str, frozenset[str]]:
     if text.startswith(r"\$"):
         return text[2:].strip(), frozenset({"dollar"})
     found = _UNIT.search(text)
-    if not found:
-        return text, frozenset()
+    if not found or re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}\s*$", text[: found.start()]):
+        return text, frozenset()  # "3 or four" is not 3 of a unit
     words = re.sub(rf"{_TEXT}|\.", "", found[0].lower())
     names = set()
     for word in re.findall(r"[a-z]+|-?[0-9]|[%¢°]", words):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +43,15 @@ def load_model(
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ConfigurationError(
-            f"dtype {dtype!r} is no floating-point type: expected 'float32', 'bfloat16' or 'float16'"
+            f"dtype {dtype!r} is no floating-point type: expected one such as 'bfloat16'"
         )
     path = model_path(model)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for name in _dropouts(config):
             setattr(config.get_text_config(), name, 0.0)
+        loaded: PreTrainedModel
+        report: dict[str, Any]
         loaded, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -57,7 +59,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-        )
+        )  # type: ignore[misc]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "folder" if os.path.isdir(path) else "name"
         raise ModelError(
@@ -70,7 +72,7 @@ def load_model(
             "at random: expected a complete causal language model; download or export it again"
         )
     use_packed_attention(loaded)
-    return loaded.to(device).eval()
+    return loaded.to(device).eval()  # type: ignore[arg-type]
 
 
 def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
@@ -212,7 +214,7 @@ class Policy(nn.Module):
     def _token_statistics(
         self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return log-probabilities and entropies, (t,), of the tokens that states (t, H) predict."""
+        """Return log-probability and entropy, (t,), of the targets that states (t, H) predict."""
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
             logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]

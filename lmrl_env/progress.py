@@ -57,7 +57,7 @@ class ProgressDisplay:
         if self._interactive:
             self._live.start()
         elif self._enabled:
-            self.console.print(" ".join(f"{heading:>9}" for heading, _, _ in COLUMNS))
+            self._print_line([heading for heading, _, _ in COLUMNS])
         return self
 
     def __exit__(
@@ -82,7 +82,10 @@ class ProgressDisplay:
         if self._interactive:
             self._live.update(Group(self._table(), self._progress), refresh=True)
         elif evaluated:
-            self.console.print(" ".join(f"{cell:>9}" for cell in _cells(metrics)))
+            self._print_line(_cells(metrics))
+
+    def _print_line(self, cells: list[str]) -> None:
+        self.console.print(" ".join(f"{cell:>8}" for cell in cells), soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(*[heading for heading, _, _ in COLUMNS], box=None, pad_edge=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from lmrl_env.checkpoint import latest_checkpoint, load_optimizer, read_state, save_checkpoint
 from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
@@ -84,6 +86,7 @@ class Run:
         if self.checkpoint is not None:
             self.last_step = int(read_state(self.checkpoint)["step"])
         torch.manual_seed(args.seed)
+        transformers_logging.disable_progress_bar()
         self.rows: list[dict[str, Any]] = []
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
         self._stack = ExitStack()
@@ -190,7 +193,8 @@ class Run:
         return engine
 
     def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
-        args, show = self.args, self.display.console.print
+        args = self.args
+        show = functools.partial(self.display.console.print, soft_wrap=True)
         show(f"{self.algorithm} trains {args.model} in {args.env}; everything goes to {self.dir}")
         for name, table in (("train", train), ("held-out", heldout)):
             note = f", {table.dropped} too long for the context" if table.dropped else ""
@@ -354,7 +358,7 @@ class Run:
             return
         self._stack.close()
         evaluated = [row for row in self.rows if row.get("eval/accuracy") is not None]
-        show = self.display.console.print
+        show = functools.partial(self.display.console.print, soft_wrap=True)
         if evaluated:
             first, last = evaluated[0], evaluated[-1]
             show(

@@ -103,6 +103,7 @@ DIFFERENT = [
     ("not 12", "12"),
     ("12 thousand", "12"),
     ("12 and a half", "12"),
+    ("12 or thirteen", "12"),
     ("6 m", "6"),
     ("6", "6m"),
     # unit
@@ -260,7 +261,7 @@ def test_a_wrong_answer_is_told_what_was_expected():
 
 def test_megabytes_of_braces_take_linear_time():
     start = time.process_time()
-    for text in (r"\boxed{" * 200_000, "{" * 10**6, r"\boxed" + " " * 10**6, "<answer>" * 10**5):
+    for text in (r"\boxed{" * 10**5, "{" * 10**6, r"\boxed" + " " * 10**6, "<answer>" * 10**5):
         assert math_answer(text, "12").status == "unparseable"
         assert not math_equal(text, "12")
     assert time.process_time() - start < 10
@@ -272,5 +273,5 @@ def test_every_template_has_a_verifier_of_its_format():
 
 
 def test_an_unknown_answer_format_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="'spoken'.*boxed.*either.*tag"):
+    with pytest.raises(UnknownNameError, match=r"'spoken'.*boxed.*either.*tag"):
         verifier_for("spoken")

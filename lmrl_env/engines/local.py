@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel
 
+from lmrl_env.engines.kv_cache import BudgetCache
+from lmrl_env.engines.sampler import draw_tokens, row_uniforms
 from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError, WeightSyncError
-from lmrl_env.tokenizer import StopStrings, Tokenizer
+from lmrl_env.tokenizer import Tokenizer
 from lmrl_env.types import Completion, Sampling
 
 CACHE_BYTES = 4 * 2**30
@@ -148,20 +147,21 @@ class LocalEngine:
         n: int,
         seeds: Sequence[int],
     ) -> None:
+        shortest = min(map(len, prompt_ids), default=1)
+        rows = len(prompt_ids) * n
+        top_k_holds = sampling.top_k == -1 or sampling.top_k > 0
         for name, value, expected, holds in (
             ("n", n, "at least 1", n >= 1),
             ("max_new_tokens", sampling.max_new_tokens, "at least 1", sampling.max_new_tokens >= 1),
             ("temperature", sampling.temperature, "at least 0", sampling.temperature >= 0),
             ("top_p", sampling.top_p, "in (0, 1]", 0 < sampling.top_p <= 1),
-            ("top_k", sampling.top_k, "-1 or at least 1", sampling.top_k == -1 or sampling.top_k > 0),
-            ("number of seeds", len(seeds), f"{len(prompt_ids) * n}, one a response",
-             len(seeds) == len(prompt_ids) * n),
-            ("seed", min(seeds, default=0), "at least 0", min(seeds, default=0) >= 0),
-            ("prompt length", min(map(len, prompt_ids), default=1), "at least 1",
-             all(map(len, prompt_ids))),
-        ):  # fmt: skip
+            ("top_k", sampling.top_k, "-1 or more than 0", top_k_holds),
+            ("number of seeds", len(seeds), f"{rows}, one a response", len(seeds) == rows),
+            ("lowest seed", min(seeds, default=0), "at least 0", min(seeds, default=0) >= 0),
+            ("shortest prompt", shortest, "at least 1 token", shortest >= 1),
+        ):
             if not holds:
-                raise ConfigurationError(f"{name} is {value}: expected {expected}; change it")
+                raise ConfigurationError(f"{name} is {value}: expected {expected}; correct it")
         longest = max(map(len, prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self._tokenizer.context_length:
             raise PromptTooLongError(
@@ -191,7 +191,7 @@ class LocalEngine:
         """Sample one response to each prompt, all in one batch."""
         device, budget = self._model.device, sampling.max_new_tokens
         stops = self._tokenizer.stop_strings(sampling.stop)
-        uniforms = np.stack([_uniforms(seed, budget) for seed in seeds])
+        uniforms = np.stack([row_uniforms(seed, budget) for seed in seeds])
         tokens = np.zeros((len(prompts), budget), dtype=np.int32)
         logprobs = np.zeros((len(prompts), budget), dtype=np.float32)
         lengths = np.full(len(prompts), budget)
@@ -243,7 +243,7 @@ class LocalEngine:
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], budget: int
-    ) -> tuple[Tensor, _RoomyCache, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, BudgetCache, Tensor | None, Tensor]:
         """Forward each different prompt once.
 
         Returns:
@@ -259,7 +259,7 @@ class LocalEngine:
         for prompt, i in unique.items():
             ids[i, width - len(prompt) :] = prompt
         column = torch.arange(width + budget) - (width - lengths[:, None])
-        is_token = column >= 0
+        is_token = column >= 0 if bool((lengths < width).any()) else None
 
         logits, caches = [], []
         at_once = max(1, PREFILL_TOKENS // width)
@@ -267,7 +267,7 @@ class LocalEngine:
             caches.append(DynamicCache())
             output = self._model(
                 input_ids=torch.from_numpy(ids)[part].to(device),
-                attention_mask=is_token[part, :width].to(device),
+                attention_mask=None if is_token is None else is_token[part, :width].to(device),
                 position_ids=column[part, :width].clamp(min=0).to(device),
                 past_key_values=caches[-1],
                 use_cache=True,
@@ -276,50 +276,10 @@ class LocalEngine:
             logits.append(output.logits[:, -1, : self._tokenizer.vocab_size])
         return (
             torch.cat(logits)[index],
-            _RoomyCache(caches, index, budget),
-            None if bool((lengths == width).all()) else is_token.to(device)[index],
+            BudgetCache(caches, index, budget),
+            None if is_token is None else is_token.to(device)[index],
             lengths.to(device)[index],
         )
-
-
-def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution.
-
-    Args:
-        logits: shape (r, V), floating.
-        uniforms: shape (r,), float64, in [0, 1).
-        sampling: temperature, top_k and top_p, applied in this order.
-
-    Returns:
-        Tokens, (r,), int64, and their log-probabilities under what is left of the distribution,
-        renormalised, (r,), float32.
-
-    >>> halves = torch.tensor([[0.0, 0.0, -torch.inf]])
-    >>> draw_tokens(halves, torch.tensor([0.6], dtype=torch.float64), Sampling(1))
-    (tensor([1]), tensor([-0.6931]))
-    """
-    logits = logits.float()
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if sampling.top_p < 1:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = probs.cumsum(-1) - probs >= sampling.top_p
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    all_logprobs = logits.log_softmax(-1)
-    cumulative = all_logprobs.exp().cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it only where logits are not finite
-    return tokens[:, 0], all_logprobs.gather(-1, tokens)[:, 0]
-
-
-def _uniforms(seed: int, count: int) -> npt.NDArray[np.float64]:
-    """Return uniforms in [0, 1) of a counter-based generator; a longer draw starts the same."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 @contextmanager
@@ -332,85 +292,3 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _RoomyLayer(CacheLayerMixin):
-    """Keys and values of one layer in memory that has room for the whole budget.
-
-    Args:
-        keys: shape (r, heads, P, d).
-        values: as ``keys``.
-        budget: tokens to make room for.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, budget: int):
-        super().__init__()
-        self.is_initialized = True
-        self.length = keys.shape[2]
-        self.keys, self.values = (
-            torch.cat([x, x.new_empty(*x.shape[:2], budget, x.shape[3])], dim=2)
-            for x in (keys, values)
-        )
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the memory is there."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append one token's keys and values, (r, heads, 1, d), and return all of those r rows."""
-        r = len(key_states)
-        self.keys[:r, :, self.length] = key_states[:, :, 0]
-        self.values[:r, :, self.length] = value_states[:, :, 0]
-        self.length += 1
-        return self.keys[:r, :, : self.length], self.values[:r, :, : self.length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many places are attended to, and the first of them."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return how many places are filled."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """Return how many places there are."""
-        return self.keys.shape[2]
-
-
-class _RoomyCache(Cache):
-    """Keys and values of a batch that only shrinks.
-
-    Args:
-        prefilled: caches of different prompts.
-        index: shape (r,), int64: which prompt each row continues.
-        budget: tokens to make room for.
-    """
-
-    def __init__(self, prefilled: Sequence[Cache], index: Tensor, budget: int):
-        layers = []
-        for parts in zip(*(cache.layers for cache in prefilled), strict=True):
-            keys, values = (
-                torch.cat([getattr(part, name) for part in parts]).index_select(0, index)
-                for name in ("keys", "values")
-            )
-            layers.append(_RoomyLayer(keys, values, budget))
-        super().__init__(layers=layers)
-
-    def drop(self, ended: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """Move rows from the end into the places of those that ended.
-
-        Args:
-            ended: shape (r,), over the rows that there were.
-
-        Returns:
-            Which of those rows now stands in each place, shape (rows left,).
-        """
-        left = len(ended) - int(ended.sum())
-        kept = np.arange(left)
-        holes = np.flatnonzero(ended[:left])
-        kept[holes] = left + np.flatnonzero(~ended[left:])
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                buffer[holes, :, : layer.length] = buffer[kept[holes], :, : layer.length]
-        return kept

@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class VllmEngine:
         model: str,
         tokenizer: Tokenizer,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: str = "float32",
         max_model_len: int | None = None,
         seed: int = 0,
         gpu_memory_utilization: float = 0.5,
@@ -74,6 +74,7 @@ class VllmEngine:
             )
         self._on_cpu = current_platform.is_cpu()
         options: dict[str, Any] = {
+            "dtype": dtype,
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_sleep_mode": not self._on_cpu,
             "enforce_eager": self._on_cpu,
@@ -85,7 +86,6 @@ class VllmEngine:
             try:
                 self._llm: Any = LLM(
                     model=model_path(model),
-                    dtype=dtype,
                     max_model_len=-1 if max_model_len is None else max_model_len,
                     seed=seed,
                     logprobs_mode="processed_logprobs",
@@ -140,6 +140,8 @@ class VllmEngine:
             EngineError: if the engine sleeps or is closed, or the logits are not finite.
             PromptTooLongError: if a prompt and its response exceed ``max_model_len``.
         """
+        from vllm.exceptions import VLLMClientError
+
         self._check_awake()
         if len(seeds) != len(prompt_ids) * n or min(seeds, default=0) < 0:
             raise ConfigurationError(
@@ -160,7 +162,7 @@ class VllmEngine:
         try:
             params = [self._sampling_params(sampling, seed) for seed in seeds]
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise ConfigurationError(f"vLLM refuses {sampling} or a prompt: {error}") from error
         except KeyboardInterrupt:  # in a notebook: leave no request behind for the next call
             engine = self._llm.llm_engine

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from lmrl_env.errors import ConfigurationError, QuestionError, UnknownNameError
+from lmrl_env.questions.arithmetic import arithmetic_questions
 from lmrl_env.questions.question_set import (
     Columns,
     Drops,
@@ -78,8 +79,9 @@ def load_questions(name: str, *, split: Split = "train") -> QuestionSet:
     _check_columns(name, {key for row in rows for key in row}, columns, options)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     questions = usable_questions(stem, rows, columns, drops)
-    report = f"{len(rows):,} rows: {len(questions):,} kept" + (f"; {drops}" if drops else "")
+    report = f"{len(questions) + len(drops):,} rows: {len(questions):,} kept"
     if drops:
+        report += f"; {drops}"
         logger.warning("%s: %s", name, report)
     if not questions:
         raise QuestionError(f"the question set {name!r} holds no usable question: {report}")
@@ -118,8 +120,6 @@ def _check_columns(name: str, present: set[str], columns: Columns, options: dict
 
 
 def _arithmetic(name: str, options: dict[str, str], split: Split) -> QuestionSet:
-    from lmrl_env.questions.arithmetic import arithmetic_questions
-
     try:
         numbers = {key: int(value) for key, value in options.items()}
     except ValueError as error:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lmrl_env.errors import ConfigurationError
+from lmrl_env.questions.stories import NAMES, SITUATIONS, THINGS
 from lmrl_env.types import Question
 
 Split = Literal["train", "heldout"]
@@ -65,135 +66,23 @@ class Problem(NamedTuple):
         return self.steps[-1].result
 
 
-class _Situation(NamedTuple):
-    """The sentences of one kind of story.
-
-    In all of them {name} is the first person, {things} are the objects; in ``change`` and ``ask``
-    {last} is the person whom the story has reached and {friend} the next one.
-    """
-
-    start: tuple[str, ...]
-    change: Mapping[str, tuple[str, ...]]
-    ask: tuple[str, ...]
-    start_and_change: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-
-
-_NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Jack", "Kate", "Leo", "Mia", "Noah", "Paul", "Sam")
-_THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "toys")
-
-_SITUATIONS = (
-    _Situation(
-        start=(
-            "{name} has {a} {things}.",
-            "{name} starts with {a} {things}.",
-            "In the morning {name} has {a} {things}.",
-        ),
-        start_and_change={
-            "+": ("{name} has {a} {things} at home and {b} at school.",),
-            "-": ("Of {a} {things} that {name} had, {b} are lost.",),
-            "*": (
-                "{name} has {b} bags with {a} {things} in each.",
-                "One box holds {a} {things}, and {name} has {b} boxes.",
-            ),
-            "/": (
-                "{a} {things} are shared equally among {b} people, and {name} is one of them.",
-                "{name} takes one of {b} equal boxes that hold {a} {things} together.",
-            ),
-        },
-        change={
-            "+": (
-                "{friend} gives {name} {b} more.",
-                "{name} finds {b} more.",
-                "{name} buys {b} more {things}.",
-                "Then {b} more are added.",
-            ),
-            "-": (
-                "{name} gives {b} to {friend}.",
-                "{name} loses {b} of them.",
-                "{name} sells {b} {things}.",
-                "Then {b} are taken away.",
-            ),
-            "*": (
-                "Soon {name} has {b} times as many.",
-                "{name} trades each one for {b} new {things}.",
-            ),
-            "/": (
-                "{name} makes {b} equal piles and keeps one pile.",
-                "They are shared equally among {b} people, and {name} is one of them.",
-            ),
-        },
-        ask=(
-            "How many {things} does {name} have now?",
-            "How many {things} does {name} have in the end?",
-        ),
-    ),
-    _Situation(
-        start=("{name} has {a} {things}.", "{name} owns {a} {things}."),
-        change={
-            "+": ("{friend} has {b} more than {last}.", "{friend} has {b} {things} more."),
-            "-": ("{friend} has {b} fewer than {last}.", "{friend} has {b} {things} fewer."),
-            "*": ("{friend} has {b} times as many as {last}.",),
-            "/": ("{last} has {b} times as many as {friend}.",),
-        },
-        ask=("How many {things} does {last} have?", "What is the number of {things} of {last}?"),
-    ),
-    _Situation(
-        start=("{name} has {a} dollars.", "{name} has saved {a} dollars."),
-        change={
-            "+": ("{name} earns {b} dollars.", "{friend} pays {name} {b} dollars."),
-            "-": ("{name} spends {b} dollars.", "{name} pays {friend} {b} dollars."),
-            "*": ("The money grows to {b} times as much.", "Soon it is {b} times as much."),
-            "/": (
-                "{name} puts the money in {b} equal jars and keeps one jar.",
-                "The money is shared equally among {b} people, and {name} is one of them.",
-            ),
-        },
-        ask=(
-            "How many dollars does {name} have in the end?",
-            "How much money does {name} have now?",
-        ),
-    ),
-    _Situation(
-        start=("A train starts with {a} people.", "There are {a} people on a train."),
-        change={
-            "+": ("At a stop {b} people get on.", "Then {b} more get on."),
-            "-": ("At a stop {b} people get off.", "Then {b} get off."),
-            "*": ("Soon there are {b} times as many people.",),
-            "/": ("The people make {b} equal groups, and only one group stays.",),
-        },
-        ask=("How many people are on the train now?", "How many people are there in the end?"),
-    ),
-    _Situation(
-        start=("On Monday {name} reads {a} pages.", "{name} reads {a} pages on the first day."),
-        change={
-            "+": ("The next day it is {b} pages more.", "The day after {name} reads {b} more."),
-            "-": ("The next day it is {b} pages fewer.", "The day after {name} reads {b} fewer."),
-            "*": ("The next day it is {b} times as many.",),
-            "/": ("The next day it is only 1/{b} of that.",),
-        },
-        ask=("How many pages does {name} read on the last day?", "How many pages is that?"),
-    ),
-    _Situation(
-        start=("Start with the number {a}.", "Take the number {a}."),
-        change={
-            "+": ("Add {b}.", "Then add {b} to it."),
-            "-": ("Subtract {b}.", "Then take away {b} from it."),
-            "*": ("Multiply by {b}.", "Then multiply it by {b}."),
-            "/": ("Divide by {b}.", "Then divide it by {b}."),
-        },
-        ask=("What is the result?", "Which number comes out?"),
-    ),
-)
-
-
 def _possible_steps() -> dict[str, dict[int, list[Step]]]:
     """Return every step that may occur, by operator and left number."""
     steps: dict[str, dict[int, list[Step]]] = {operator: {} for operator in "+-*/"}
     for left in range(SMALLEST, LARGEST + 1):
         candidates = [
-            *(Step(left, "+", right, left + right) for right in range(SMALLEST, _LARGEST_SUMMAND + 1)),
-            *(Step(left, "-", right, left - right) for right in range(SMALLEST, _LARGEST_SUMMAND + 1)),
-            *(Step(left, "*", right, left * right) for right in range(SMALLEST, _LARGEST_FACTOR + 1)),
+            *(
+                Step(left, "+", right, left + right)
+                for right in range(SMALLEST, _LARGEST_SUMMAND + 1)
+            ),
+            *(
+                Step(left, "-", right, left - right)
+                for right in range(SMALLEST, _LARGEST_SUMMAND + 1)
+            ),
+            *(
+                Step(left, "*", right, left * right)
+                for right in range(SMALLEST, _LARGEST_FACTOR + 1)
+            ),
             *(
                 Step(left, "/", right, left // right)
                 for right in range(SMALLEST, _LARGEST_FACTOR + 1)
@@ -314,9 +203,9 @@ def _draw_steps(rng: random.Random, level: int) -> tuple[Step, ...]:
 
 def _tell(rng: random.Random, steps: tuple[Step, ...]) -> str:
     """Return a story in which the steps happen."""
-    situation = rng.choice(_SITUATIONS)
-    names = rng.sample(_NAMES, len(steps) + 1)
-    words = {"name": names[0], "things": rng.choice(_THINGS), "a": steps[0].left}
+    situation = rng.choice(SITUATIONS)
+    names = rng.sample(NAMES, len(steps) + 1)
+    words = {"name": names[0], "things": rng.choice(THINGS), "a": steps[0].left}
     sentences = []
     remaining = list(enumerate(steps))
     if situation.start_and_change and rng.random() < 0.5:
@@ -327,8 +216,6 @@ def _tell(rng: random.Random, steps: tuple[Step, ...]) -> str:
         sentences.append(rng.choice(situation.start).format(**words))
     for i, step in remaining:
         template = rng.choice(situation.change[step.operator])
-        sentences.append(
-            template.format(b=step.right, last=names[i], friend=names[i + 1], **words)
-        )
+        sentences.append(template.format(b=step.right, last=names[i], friend=names[i + 1], **words))
     sentences.append(rng.choice(situation.ask).format(last=names[len(steps)], **words))
     return " ".join(sentences)

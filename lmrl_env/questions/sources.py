@@ -59,12 +59,10 @@ def read_folder(folder: Path, split: str | None) -> Rows:
     """
     import datasets
 
-    saved = any((folder / f).exists() for f in ("dataset_dict.json", "state.json"))
+    saved = any((folder / file).exists() for file in ("dataset_dict.json", "state.json"))
+    load = datasets.load_from_disk if saved else datasets.load_dataset
     try:
-        if saved:
-            data = datasets.load_from_disk(str(folder))
-        else:
-            data = datasets.load_dataset(str(folder))
+        data = load(str(folder))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise QuestionError(
             f"cannot read the folder {str(folder)!r} ({error}): expected one that "
@@ -107,7 +105,7 @@ def _one_split(name: str, data: Any, split: str | None) -> Rows:
         return next(iter(data.values()))
     if split not in data:
         raise QuestionError(
-            f"the split of {name!r} is {split!r}: expected one of {sorted(data)}; write "
-            f"{name}:split={next(iter(data))}"
+            f"the split of {name!r} is {split!r}: expected one of {sorted(data)}; say which by "
+            f"split={next(iter(data))} after a colon"
         )
     return data[split]

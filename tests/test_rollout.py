@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import token_envs
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import VectorWrapper
+
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.rollout import Rollout, response_seeds, rollout
+from lmrl_env.tokenizer import load_tokenizer
+from lmrl_env.types import Completion
+
+TOKENIZER = load_tokenizer("tiny")
+EOS = TOKENIZER.eos_token_ids[0]
+BUDGET = 12
+PLAIN = TOKENIZER.encode("x")[0]
+
+
+class ScriptedEngine:
+    """Writes a fixed response per seed; its log-probs are minus the token's place in the state."""
+
+    version = 4
+
+    def __init__(self, script):
+        self.script = script
+        self.prompts: list[list[list[int]]] = []
+        self.calls: list[tuple[int, int]] = []
+
+    def generate(self, prompt_ids, sampling, n, seeds):
+        self.calls.append((len(prompt_ids), n))
+        self.prompts.append([list(prompt) for prompt in prompt_ids])
+        completions = []
+        for i, seed in enumerate(seeds):
+            tokens = np.asarray(self.script(seed, len(self.calls)), dtype=np.int32)
+            places = len(prompt_ids[i // n]) + np.arange(len(tokens))
+            completions.append(Completion(tokens, -places.astype(np.float32), "stop", 4))
+        return completions
+
+
+def play(envs, script, seeds=None, question_ids=None):
+    env = envs.unwrapped
+    engine = ScriptedEngine(script)
+    groups = env.num_envs // env.group_size
+    batch = rollout(
+        envs,
+        engine,
+        question_ids=list(range(groups)) if question_ids is None else question_ids,
+        seeds=np.arange(env.num_envs) if seeds is None else seeds,
+    )
+    return engine, batch
+
+
+def test_a_rollout_holds_what_was_written_and_asks_a_prompt_once_a_group():
+    envs = token_envs(4, group_size=2, tokens_per_step=BUDGET)
+    engine, batch = play(envs, lambda seed, turn: [PLAIN] * seed + [EOS])
+    assert engine.calls == [(2, 2)]
+    assert batch.response_lengths.tolist() == [1, 2, 3, 4]
+    assert (batch.response_ids[2, :4] == [PLAIN, PLAIN, EOS, 0]).all()
+    assert batch.mask.sum(axis=1).tolist() == [1, 2, 3, 4]
+    assert batch.terminated.all() and not batch.truncated.any()
+    assert batch.question_ids.tolist() == [0, 0, 1, 1]
+    assert batch.versions.tolist() == [4] * 4
+    assert batch.responses == ["", "x", "xx", "xxx"]
+    start = batch.prompt_lengths[3]
+    assert batch.sampling_logprobs[3, :5].tolist() == [-start, -start - 1, -start - 2, -start - 3, 0]
+    prompt = batch.prompt_ids[0, : batch.prompt_lengths[0]].tolist()
+    assert prompt == engine.prompts[0][0] == envs.prompts[0].tolist()
+
+
+def test_what_the_engine_writes_beyond_the_end_is_no_action():
+    _, batch = play(token_envs(1, tokens_per_step=BUDGET), lambda seed, turn: [EOS, PLAIN])
+    assert batch.response_lengths.tolist() == [1]
+    assert batch.mask.sum() == 1 and not batch.sampling_logprobs[0, 1:].any()
+
+
+def test_a_response_without_an_end_is_truncated_by_the_budget():
+    _, batch = play(token_envs(1, tokens_per_step=BUDGET), lambda seed, turn: [PLAIN] * BUDGET)
+    assert batch.truncated.all() and batch.response_lengths.tolist() == [BUDGET]
+
+
+class Inserting(VectorWrapper):
+    """Inserts two tokens behind the first step of slot 0, as a tool would."""
+
+    inserted = False
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        if not self.inserted:
+            self.inserted = True
+            self.unwrapped.insert_tokens(0, [5, 6])
+            return (self.unwrapped._observe(), *result[1:])
+        return result
+
+
+def test_a_slot_with_inserted_tokens_is_written_on_from_its_state_and_they_are_masked_out():
+    envs = Inserting(token_envs(2, tokens_per_step=BUDGET, group_size=2))
+
+    def script(seed, turn):
+        return [PLAIN, EOS] if seed == 1 else [PLAIN] if turn == 1 else [PLAIN, EOS]
+
+    engine, batch = play(envs, script)
+    assert engine.calls == [(1, 2), (1, 1)]
+    assert engine.prompts[1][0][-3:] == [PLAIN, 5, 6]
+    assert batch.response_ids[0, :5].tolist() == [PLAIN, 5, 6, PLAIN, EOS]
+    assert batch.mask[0, :6].tolist() == [True, False, False, True, True, False]
+    start = batch.prompt_lengths[0]
+    assert batch.sampling_logprobs[0, :5].tolist() == [-start, 0, 0, -start - 3, -start - 4]
+    assert batch.response_lengths.tolist() == [5, 2]
+
+
+class Paying(VectorWrapper):
+    """Pays for every step and again at the end."""
+
+    def step(self, actions):
+        observations, rewards, terminated, truncated, info = self.env.step(actions)
+        return observations, rewards + 1 + 2 * terminated, terminated, truncated, info
+
+
+def test_rewards_come_through_the_wrappers_of_the_environment():
+    _, batch = play(Paying(token_envs(2, tokens_per_step=BUDGET)), lambda seed, turn: [EOS])
+    assert batch.rewards.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tokens_per_step": 1}, "tokens_per_step=1: a rollout steps by whole responses"),
+        ({"tokens_per_step": BUDGET, "autoreset_mode": "NextStep"}, "one episode a slot"),
+    ],
+)
+def test_an_environment_that_cannot_be_rolled_out_is_refused(kwargs, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        play(token_envs(1, **kwargs), lambda seed, turn: [EOS])
+
+
+def test_seeds_of_a_step_do_not_depend_on_how_many_are_drawn():
+    assert (response_seeds(3, 5, 100)[:7] == response_seeds(3, 5, 7)).all()
+    assert len(set(response_seeds(3, 5, 100)) | set(response_seeds(3, 6, 100))) == 200
+
+
+def test_a_saved_batch_is_read_back_whole(tmp_path):
+    envs = gym.make_vec(
+        "MathR1-v0",
+        num_envs=2,
+        questions="arithmetic:size=20",
+        max_new_tokens=BUDGET,
+        tokens_per_step=BUDGET,
+        autoreset_mode="Disabled",
+    )
+    _, batch = play(envs, lambda seed, turn: [PLAIN] * seed + [EOS])
+    batch.save(tmp_path / "new" / "batch.safetensors", group_size=2)
+    again, metadata = Rollout.load(tmp_path / "new" / "batch.safetensors")
+    assert metadata == {"group_size": 2}
+    assert data_equivalence(again._asdict(), batch._asdict())
+    assert again.verifier_status == ["unparseable"] * 2

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from algos.dr_grpo import Args, main
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.rollout import Rollout
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "questions": "arithmetic:size=40",
+    "prompts_per_step": 2,
+    "group_size": 2,
+    "max_new_tokens": 24,
+    "eval_questions": 4,
+    "eval_every": 2,
+    "lr": 1e-3,
+    "device": "cpu",
+}
+KEYS = (
+    "step reward/mean length/mean length/correct length/incorrect length/truncated_fraction "
+    "policy/entropy policy/approx_kl policy/clip_fraction policy/grad_norm "
+    "mismatch/logprob_abs_mean throughput/sample_tokens_per_s throughput/step_seconds "
+    "time/sample time/verify time/train time/sync"
+).split()
+
+
+def train(run_dir, **kwargs):
+    main(Args(**{**SMALL, "run_dir": str(run_dir), **kwargs}))
+    return rows(run_dir)
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(logged):
+    """Return rows without what a clock measured."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+        for row in logged
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(folder, steps=4, checkpoint_every=2, save_batch=str(folder / "batch.safetensors"))
+    return folder
+
+
+def test_a_run_leaves_the_folder_that_the_readme_describes(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"} <= names
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    assert (finished / "checkpoints" / "step-4" / "model.safetensors").is_file()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["ranks"] == 1 and config["lr"] == 1e-3 and config["algorithm"] == "dr_grpo"
+    assert config["env_spec"]["kwargs"]["group_size"] == 2
+
+
+def test_metrics_have_a_row_a_step_behind_the_evaluation_of_the_start(finished):
+    logged = rows(finished)
+    assert [row["step"] for row in logged] == [0, 1, 2, 3, 4]
+    assert all(set(KEYS) <= set(row) for row in logged[1:])
+    assert ["eval/accuracy" in row for row in logged] == [True, False, True, False, True]
+    on_policy = [(row["policy/clip_fraction"], row["policy/approx_kl"]) for row in logged[1:]]
+    assert on_policy == [(0.0, 0.0)] * 4
+    assert all(row["mismatch/logprob_abs_mean"] < 1e-4 for row in logged[1:])
+
+
+def test_samples_tell_prompt_response_answer_reward_and_finish_reason(finished):
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * 2
+    for sample in samples:
+        assert sample["prompt"].endswith("Assistant: <think>")
+        assert sample["finish_reason"] in ("stop", "length")
+        assert sample["reward"] in (0.0, 1.0)
+        assert sample["answer"] and isinstance(sample["response"], str)
+
+
+def test_the_first_batch_is_saved_where_it_was_asked_for(finished):
+    batch, metadata = Rollout.load(finished / "batch.safetensors")
+    assert len(batch.rewards) == 4 and metadata["group_size"] == 2
+    assert batch.rewards.mean() == rows(finished)[1]["reward/mean"]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(finished, tmp_path):
+    again = train(tmp_path / "again", steps=4, checkpoint_every=0)
+    assert timeless(again) == timeless(rows(finished))
+    assert [p.name for p in (tmp_path / "again" / "checkpoints").iterdir()] == ["step-4"]
+    other = train(tmp_path / "other", steps=4, seed=1)
+    assert timeless(other) != timeless(again)
+
+
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(finished, tmp_path):
+    folder = tmp_path / "run"
+    train(folder, steps=2)
+    resumed = train(folder, steps=4, resume=str(folder))
+    assert timeless(resumed) == timeless(rows(finished))
+
+
+def test_several_updates_and_epochs_move_the_policy_off_the_sampling_policy(tmp_path):
+    logged = train(tmp_path / "run", steps=1, updates_per_step=2, epochs=2, lr=3e-2)
+    assert logged[1]["policy/approx_kl"] > 0
+
+
+def test_a_checkpoint_is_a_model_to_start_from(finished, tmp_path):
+    model = str(finished / "checkpoints" / "step-4")
+    logged = train(tmp_path / "run", steps=1, model=model)
+    assert logged[0]["eval/length/mean"] == rows(finished)[-1]["eval/length/mean"]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished):
+    with pytest.raises(ConfigurationError, match=re.escape(f"--resume {finished}")):
+        train(finished, steps=1)
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "algos" / "dr_grpo.py"), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+FLAGS = [
+    f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if key != "eval_every"
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_cleanly_with_a_checkpoint(tmp_path, number):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*FLAGS, "--steps=100000", f"--run-dir={folder}", "--eval-every=0"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    last = rows(folder)[-1]["step"]
+    assert (folder / "checkpoints" / f"step-{last}" / "optimizer.safetensors").is_file()
+    assert f"--resume {folder}" in output
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_do_what_one_does(finished, tmp_path):
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    subprocess.run(
+        [*torchrun, *command(*FLAGS, "--steps=2", f"--run-dir={folder}", "--eval-every=2")[1:]],
+        env={**ENVIRONMENT, "MASTER_PORT": "29611"},
+        check=True,
+        timeout=240,
+    )
+    assert json.loads((folder / "config.json").read_text())["ranks"] == 2
+    for mine, alone in zip(timeless(rows(folder)), timeless(rows(finished)), strict=False):
+        assert mine.keys() == alone.keys()
+        for key, value in mine.items():
+            assert value == pytest.approx(alone[key], rel=1e-3, abs=1e-5), key
+
+
+def test_errors_end_the_program_with_their_message_alone(tmp_path):
+    result = subprocess.run(
+        command("--prompts-per-step=0", f"--run-dir={tmp_path / 'run'}"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: --prompts-per-step 0 is not a multiple")
+
+
+def test_help_explains_every_flag():
+    shown = subprocess.run(
+        command("--help"), env=ENVIRONMENT, capture_output=True, text=True, check=True
+    ).stdout
+    for flag in (
+        "env model engine questions steps prompts-per-step group-size max-new-tokens temperature "
+        "lr warmup-steps weight-decay adam-beta2 max-grad-norm updates-per-step epochs "
+        "clip-eps-low clip-eps-high seed eval-every eval-questions checkpoint-every run-dir resume "
+        "save-batch tracker device dtype"
+    ).split():
+        assert f"--{flag} " in shown
