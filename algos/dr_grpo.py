@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lmrl_env import distributed
 from lmrl_env.batches import token_metrics
+from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.options import run_command
@@ -176,9 +177,9 @@ def main(args: Args) -> None:
     run = Run(args, __file__)
     accelerator, plan = run.accelerator, run.plan
     envs, eval_envs = run.make_envs()
-    set_size = len(envs.unwrapped.prompts)
+    env = unwrap(envs)
     model = load_model(run.model, device=accelerator.device)
-    policy = Policy(model, envs.unwrapped.tokenizer.vocab_size)
+    policy = Policy(model, env.tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=args.lr,
@@ -195,7 +196,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, set_size),
+            question_ids=plan.question_ids(step, len(env.prompts)),
             seeds=plan.seeds(step),
             temperature=args.temperature,
         )
@@ -262,7 +263,8 @@ def main(args: Args) -> None:
     envs.close()
     eval_envs.close()
     engine.close()
-    policy, optimizer = distributed.shutdown(accelerator, policy, optimizer)
+    del policy, optimizer
+    distributed.shutdown(accelerator)
     # --- shared end: end
 
 

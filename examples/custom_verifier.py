@@ -1,6 +1,6 @@
 """Your own reward: a verifier, a wrapper that pays it, an id, and an unchanged algorithm.
 
-    cd examples && python ../algos/dr_grpo.py --env custom_verifier:BriefMath-v0
+cd examples && python ../algos/dr_grpo.py --env custom_verifier:BriefMath-v0
 """
 
 import gymnasium as gym

@@ -8,16 +8,16 @@ import lmrl_env
 def main() -> None:
     """Play eight episodes side by side, and show the first one."""
     envs = gym.make_vec("MathR1-v0", num_envs=8, render_mode="ansi", autoreset_mode="Disabled")
-    observations, info = envs.reset(seed=0)
+    observations, _ = envs.reset(seed=0)
     engine, one_token = envs.unwrapped.engine, lmrl_env.Sampling(max_new_tokens=1)
     finished = total = 0
     while finished < envs.num_envs:
-        lengths = observations["length"]
-        states = [ids[:n].tolist() for ids, n in zip(observations["input_ids"], lengths)]
-        seeds = [1000 * slot + int(lengths[slot]) for slot in range(len(states))]
+        tokens, lengths = observations["input_ids"], observations["length"]
+        states = [tokens[slot, : lengths[slot]].tolist() for slot in range(envs.num_envs)]
+        seeds = [1000 * slot + int(lengths[slot]) for slot in range(envs.num_envs)]
         drawn = engine.generate(states, one_token, n=1, seeds=seeds)
         actions = [int(completion.token_ids[0]) for completion in drawn]
-        observations, rewards, terminations, truncations, info = envs.step(actions)
+        observations, rewards, terminations, truncations, _ = envs.step(actions)
         finished += int((terminations | truncations).sum())
         total += rewards.sum()
     print(envs.render()[0])

@@ -269,23 +269,15 @@ def sync_weights(
     return gap
 
 
-def shutdown(accelerator: Accelerator, *prepared: Any) -> list[None]:
+def shutdown(accelerator: Accelerator) -> None:
     """End trackers and the process group, after all ranks got here.
 
-    Gloo aborts a process that still holds a DDP module when its group is destroyed, so that the
-    caller must drop its own references too.
-
-    Args:
-        accelerator: of this rank.
-        prepared: what ``prepare`` returned.
-
-    Returns:
-        A None for each, to assign.
+    Gloo aborts a process that still holds a DDP module when its group is destroyed: drop what
+    ``prepare`` returned first.
     """
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    released = accelerator.free_memory(*prepared)
+    accelerator.free_memory()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return released

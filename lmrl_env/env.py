@@ -456,6 +456,21 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         return np.repeat(ids, self.group_size).astype(np.int64)
 
 
+def unwrap(envs: VectorEnv[Any, Any, Any]) -> TokenVectorEnv:
+    """Return the token MDP inside any wrappers.
+
+    Raises:
+        ConfigurationError: if there is another environment inside.
+    """
+    env = envs.unwrapped
+    if not isinstance(env, TokenVectorEnv):
+        raise ConfigurationError(
+            f"{env} is no token MDP: expected a TokenVectorEnv in any wrappers, as "
+            "make_token_vector_env builds it"
+        )
+    return env
+
+
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:

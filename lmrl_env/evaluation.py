@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
 from lmrl_env.distributed import all_sum
-from lmrl_env.env import TokenVectorEnv
+from lmrl_env.env import unwrap
 from lmrl_env.rollout import Rollout, response_seeds, rollout
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluate(
     Returns:
         ``eval/*`` metrics over all ranks.
     """
-    env = cast(TokenVectorEnv, envs.unwrapped)
+    env = unwrap(envs)
     index = accelerator.process_index * env.num_envs + np.arange(env.num_envs)
     order = np.random.default_rng(0).permutation(len(env.prompts))[:questions]
     seeds = response_seeds(seed, 0, accelerator.num_processes * env.num_envs)[index]
@@ -53,11 +53,13 @@ def evaluate(
         seeds=seeds,
         temperature=temperature,
     )
-    return outcome_metrics(accelerator, batch, index < len(order), prefix="eval")
+    metrics = outcome_metrics(accelerator, batch, index < len(order))
+    accuracy = metrics.pop("reward/accuracy")
+    return {"eval/accuracy": accuracy} | {f"eval/{key}": value for key, value in metrics.items()}
 
 
 def outcome_metrics(
-    accelerator: Accelerator, batch: Rollout, counted: Any = True, prefix: str = ""
+    accelerator: Accelerator, batch: Rollout, counted: Any = True
 ) -> dict[str, float | None]:
     """Return reward, accuracy and lengths over all ranks; None is a mean over nothing.
 
@@ -68,7 +70,6 @@ def outcome_metrics(
         accelerator: of this rank.
         batch: of this rank.
         counted: shape (N,), bool: rows that count.
-        prefix: before every key.
     """
     counted = np.broadcast_to(counted, batch.rewards.shape)
     correct, length = batch.correct, batch.response_lengths
@@ -90,13 +91,11 @@ def outcome_metrics(
         ],
     ).tolist()
     n, right, wrong, cut, reward, tokens, right_tokens, wrong_tokens = sums
-    prefix = f"{prefix}/" if prefix else ""
-    reward_key = "reward" if prefix else "reward/mean"
     return {
-        f"{prefix}{reward_key}": reward / n,
-        f"{prefix}accuracy": right / n,
-        f"{prefix}length/mean": tokens / n,
-        f"{prefix}length/correct": right_tokens / right if right else None,
-        f"{prefix}length/incorrect": wrong_tokens / wrong if wrong else None,
-        f"{prefix}length/truncated_fraction": cut / n,
+        "reward/mean": reward / n,
+        "reward/accuracy": right / n,
+        "length/mean": tokens / n,
+        "length/correct": right_tokens / right if right else None,
+        "length/incorrect": wrong_tokens / wrong if wrong else None,
+        "length/truncated_fraction": cut / n,
     }

@@ -22,7 +22,7 @@ from lmrl_env.verifiers import Verdict, Verifier
 
 _LONGEST_CHUNK = 32
 _LARGEST_CHUNK = 1 << 16
-"""Bytes after which no more items are sent ahead: reading them would count against the first."""
+"""Bytes of items sent together: to read the next ones would count against a heavy first one."""
 
 
 class Grader:
@@ -176,10 +176,12 @@ class Grader:
         longest = min(_LONGEST_CHUNK, 1 + len(todo) // (2 * self.workers))
         chunk: dict[int, bytes] = {}
         size = 0
-        while todo and len(chunk) < longest and (not chunk or size < _LARGEST_CHUNK):
+        while todo and len(chunk) < longest:
+            size += len(items[todo[0]])
+            if chunk and size > _LARGEST_CHUNK:
+                break
             i = todo.popleft()
             chunk[i] = items[i]
-            size += len(items[i])
         return chunk
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import textwrap
 import typing
@@ -69,11 +70,13 @@ def run_command(args_class: type[ArgsT], main: Callable[[ArgsT], None]) -> None:
 
 def field_docs(args_class: type) -> dict[str, str]:
     """Return the docstring that stands under each field of a dataclass."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
-    for field, text in zip(node.body, node.body[1:], strict=False):  # type: ignore[attr-defined]
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            docs[field.target.id] = inspect.cleandoc(text.value.value)  # type: ignore[union-attr,attr-defined,arg-type]
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(doc))):
+                docs[name] = inspect.cleandoc(doc)
     return docs
 
 

@@ -20,7 +20,7 @@ from lmrl_env.verifiers import verifier_for
 from lmrl_env.wrappers import VerifierReward
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from lmrl_env.engines.engine import Engine
 
@@ -169,7 +169,7 @@ def make_engine(
     model: str,
     *,
     max_model_len: int,
-    module: torch.nn.Module | None = None,
+    module: PreTrainedModel | None = None,
     dtype: str = "float32",
     device: str | None = None,
     seed: int = 0,

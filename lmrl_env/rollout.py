@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from lmrl_env.env import NO_TOKEN, TokenVectorEnv
+from lmrl_env.env import NO_TOKEN, TokenVectorEnv, unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.types import Completion, Sampling
 
@@ -124,7 +124,7 @@ def rollout(
     Raises:
         ConfigurationError: if the environment autoresets or takes fewer tokens a step.
     """
-    env = _token_env(envs)
+    env = _rollout_env(envs)
     n, k = env.num_envs, env.max_new_tokens
     sampling = Sampling(k, temperature, top_p, top_k, env.template.stop)
     observations, _ = envs.reset(options={"question_ids": question_ids})
@@ -216,8 +216,8 @@ def _write(
     logprobs[slot, start : start + room] = completion.logprobs[:room]
 
 
-def _token_env(envs: VectorEnv[Any, Any, Any]) -> TokenVectorEnv:
-    env = cast(TokenVectorEnv, envs.unwrapped)
+def _rollout_env(envs: VectorEnv[Any, Any, Any]) -> TokenVectorEnv:
+    env = unwrap(envs)
     if env.autoreset_mode is not AutoresetMode.DISABLED:
         raise ConfigurationError(
             f"autoreset_mode={env.autoreset_mode.value!r}: a rollout plays one episode a slot; "

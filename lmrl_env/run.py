@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from lmrl_env.checkpoint import latest_checkpoint, load_optimizer, read_state, save_checkpoint
 from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
+from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import evaluate
 from lmrl_env.plotting import plot_curves
@@ -152,7 +153,7 @@ class Run:
         Returns:
             The engine, with the policy's weights.
         """
-        args, tables = self.args, (envs.unwrapped.prompts, eval_envs.unwrapped.prompts)
+        args, tables = self.args, (unwrap(envs).prompts, unwrap(eval_envs).prompts)
         if self.is_main:
             self.dir.mkdir(parents=True, exist_ok=True)
             config = {
@@ -301,7 +302,7 @@ class Run:
             envs: that it was sampled in.
         """
         self._write_row(metrics)
-        self._write_samples(batch, self.args.group_size, envs.unwrapped.tokenizer.decode)
+        self._write_samples(batch, self.args.group_size, unwrap(envs).tokenizer.decode)
         if self.args.save_batch and not self._batch_saved:
             name = self.args.save_batch
             if self.accelerator.num_processes > 1:

@@ -59,7 +59,7 @@ class TokenEnv(gym.Env[Observation, Any]):
     def render(self) -> str | None:
         """Return prompt and response so far in mode ``ansi``, else None."""
         frames = self.envs.render()
-        return None if frames is None else frames[0]
+        return None if frames is None else str(frames[0])
 
     def close(self) -> None:
         """Close the vector environment behind it."""

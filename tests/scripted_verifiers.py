@@ -25,7 +25,7 @@ def scripted(response, answer, *, question=None):
     elif command == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
     elif command == "hog":
-        return Verdict(1.0, "correct", "x" * (1 << 40))
+        return Verdict(1.0, "correct", str(len(bytearray(int(argument)))))
     elif command == "raise":
         raise ValueError(argument)
     elif command == "print":

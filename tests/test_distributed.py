@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from test_batches import make_rollout
 
 from lmrl_env.distributed import BatchPlan, all_sum, sync_weights
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.errors import ConfigurationError, WeightSyncError
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.tokenizer import load_tokenizer
-from test_batches import make_rollout
 
 
 def plan(rank: int, ranks: int, **kwargs) -> BatchPlan:
@@ -35,9 +35,7 @@ def test_ranks_together_do_what_one_rank_does(ranks, updates, epochs, step):
     assert torch.cat([p.own_rows(values) for p in together]).tolist() == values.tolist()
     minibatches = [list(p.minibatches(step)) for p in together]
     for i, rows in enumerate(alone.minibatches(step)):
-        shares = [
-            minibatches[r][i] + p.first_group * p.group_size for r, p in enumerate(together)
-        ]
+        shares = [minibatches[r][i] + p.first_group * p.group_size for r, p in enumerate(together)]
         assert sorted(np.concatenate(shares)) == sorted(rows)
 
 

@@ -139,9 +139,7 @@ def test_a_stop_string_of_the_prompt_does_not_end_the_response():
 
 
 def test_the_none_template_has_no_stop_string():
-    count, (_, _, terminated, truncated, _) = play(
-        token_envs(1, template="none"), [*STOP] * BUDGET
-    )
+    count, (_, _, terminated, truncated, _) = play(token_envs(1, template="none"), [*STOP] * BUDGET)
     assert count == BUDGET and truncated[0] and not terminated[0]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_waiting_is_not_computing(grader):
         ("exit 0", "the worker died: exit status 0"),
         ("segfault", "the worker died: SIGSEGV"),
         ("terminate", "the worker died: SIGTERM"),
-        ("hog", "out of memory"),
+        (f"hog {5 * 2**30}", "out of memory"),
         ("raise boom", "ValueError: boom"),
         ("sys.exit boom", "SystemExit: boom"),
     ],
@@ -103,8 +104,9 @@ def test_many_failures_in_one_batch_spare_the_others(grader):
     assert verdicts[0::3] == verdicts[2::3] == [OK] * 4
 
 
-def test_a_verifier_that_prints_does_not_disturb_the_protocol(grader, capfd):
-    assert grade_one(grader, "print 100000").status == "wrong"
+def test_a_verifier_that_prints_does_not_disturb_the_protocol(capfd):
+    with Grader(SCRIPTED) as grader:
+        assert grade_one(grader, "print 100000").status == "wrong"
     assert capfd.readouterr() == ("", "")
 
 
@@ -168,17 +170,26 @@ def test_threads_may_share_a_grader(grader):
 
 
 def test_a_forked_process_has_workers_of_its_own(grader):
-    grader.grade(["ok"], ["ok"])
-    pid = os.fork()
-    if pid == 0:
+    def pids():
+        return {verdict.extracted for verdict in grader.grade(["pid"] * 40, [""] * 40)}
+
+    ours = pids()
+    child = os.fork()
+    if child == 0:
         status = 1
         try:
-            status = 0 if grader.grade(["ok"] * 3, ["ok"] * 3) == [OK] * 3 else 2
+            status = 0 if pids().isdisjoint(ours) else 2
             grader.close()
         finally:
             os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert grader.grade(["ok"], ["ok"]) == [OK]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pids() <= ours
+
+
+def test_megabytes_are_not_sent_ahead(grader):
+    items = [b"x", b"x", b"x" * 2**17, b"x" * 2**17, b"x"]
+    todo = deque([0, 1, 2, 3, 4] + [4] * 20)
+    assert [list(grader._take_chunk(todo, items)) for _ in range(3)] == [[0, 1], [2], [3]]
 
 
 def test_the_verifier_gets_several_answers_and_the_row(grader):

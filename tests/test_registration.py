@@ -177,7 +177,7 @@ def test_names_and_sizes_that_cannot_be_are_refused(kwargs, error, message, monk
 
 
 def test_a_single_environment_has_no_groups_and_no_autoreset():
-    with pytest.raises(ConfigurationError, match="use gymnasium.make_vec"):
+    with pytest.raises(ConfigurationError, match=re.escape("use gymnasium.make_vec")):
         gym.make("MathR1-v0", group_size=8)
 
 

@@ -66,7 +66,8 @@ def test_a_rollout_holds_what_was_written_and_asks_a_prompt_once_a_group():
     assert batch.versions.tolist() == [4] * 4
     assert batch.responses == ["", "x", "xx", "xxx"]
     start = batch.prompt_lengths[3]
-    assert batch.sampling_logprobs[3, :5].tolist() == [-start, -start - 1, -start - 2, -start - 3, 0]
+    expected = [-start, -start - 1, -start - 2, -start - 3, 0]
+    assert batch.sampling_logprobs[3, :5].tolist() == expected
     prompt = batch.prompt_ids[0, : batch.prompt_lengths[0]].tolist()
     assert prompt == engine.prompts[0][0] == envs.prompts[0].tolist()
 

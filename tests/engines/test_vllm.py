@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -318,14 +319,14 @@ def test_failure_start_and_close_leave_the_process_as_it_was(
     weightless.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{model_folder}/{file}", weightless)
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     set_num_threads = torch.set_num_threads
     with pytest.raises(EngineError, match="weightless"):
         VllmEngine(str(weightless), tokenizer)
     again = VllmEngine(model_folder, tokenizer)
-    assert torch.rand(3).tolist() == expected.tolist()
+    assert random.getstate() == generators[0]
+    assert np.random.get_state()[1].tolist() == generators[1]
+    assert torch.equal(torch.get_rng_state(), generators[2])
     assert torch.set_num_threads is set_num_threads
     assert not torch.distributed.is_initialized()
     second = again.generate(prompts, Sampling(8), 1, [0, 1])
