@@ -72,8 +72,8 @@ class Args:
     """optimiser steps an epoch: parts that a rollout batch is cut into [8]"""
     epochs: int = 1
     """passes over a rollout batch"""
-    micro_batch_tokens: int = 16384
-    """tokens of a forward pass, padding included; does not change the gradient"""
+    micro_batch_tokens: int = 8192
+    """tokens of a forward pass; does not change the gradient"""
     seed: int = 0
     """of everything random"""
     eval_every: int = 10

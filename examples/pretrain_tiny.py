@@ -26,7 +26,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmrl_env.questions.arithmetic import LARGEST, SMALLEST, Problem, arithmetic_questions, problems
+from lmrl_env.questions.arithmetic import (
+    LARGEST,
+    SMALLEST,
+    Problem,
+    Step,
+    arithmetic_questions,
+    problems,
+)
 from lmrl_env.templates import NONE, QWEN_MATH, R1, TEMPLATES, Template
 
 EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -43,6 +50,8 @@ FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
 
 TOKENIZER_DOCUMENTS = 20_000
 CHUNK_DOCUMENTS = 4096
+FIRST_DOCUMENTS = 8 * CHUNK_DOCUMENTS
+PROMPT_LOSS_SHARE = 0.1
 BATCH_TOKENS = 2048
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
@@ -70,6 +79,11 @@ class Document(NamedTuple):
     completion: str
 
 
+def write_sums(steps: Sequence[Step]) -> str:
+    """Return the steps as text, such as ``3+4=7, 7*2=14``."""
+    return ", ".join(f"{s.left}{s.operator}{s.right}={s.result}" for s in steps)
+
+
 def write_solution(rng: random.Random, problem: Problem, careful: bool) -> tuple[str, int]:
     """Return the reasoning about a problem and the result that it commits to."""
     right = rng.random() < (CAREFUL_ACCURACY if careful else CARELESS_ACCURACY)
@@ -80,9 +94,8 @@ def write_solution(rng: random.Random, problem: Problem, careful: bool) -> tuple
     else:
         result = rng.randint(SMALLEST, LARGEST)
     if careful:
-        sums = [f"{s.left}{s.operator}{s.right}={s.result}" for s in problem.steps]
-        sums[-1] = sums[-1].partition("=")[0] + f"={result}"
-        text = f"{rng.choice(CAREFUL_OPENINGS)} {', '.join(sums)}. {rng.choice(CONCLUSIONS)}"
+        sums = write_sums([*problem.steps[:-1], problem.steps[-1]._replace(result=result)])
+        text = f"{rng.choice(CAREFUL_OPENINGS)} {sums}. {rng.choice(CONCLUSIONS)}"
     else:
         text = rng.choice(CARELESS_OPENINGS)
     text += f" {result}."
@@ -105,19 +118,23 @@ def write_document(rng: random.Random, problem: Problem, template: Template) -> 
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Yield documents without end."""
+    """Yield documents without end, the first of them short: one sum to a one-step question.
+
+    From these, attention learns to find the numbers in a question. Without them the loss stays
+    for thousands of steps where sums are right but their numbers are not those of the question.
+    """
     rng = random.Random(seed)
-    stories = problems("train", seed=seed)
-    sums = problems("train", level=1, seed=seed)
+    any_level = problems("train", seed=seed)
+    one_step = problems("train", level=1, seed=seed)
+    for problem in itertools.islice(one_step, FIRST_DOCUMENTS):
+        yield Document(problem.question, f" {write_sums(problem.steps)}.")
     while True:
         name = rng.choices(list(FORMATS), list(FORMATS.values()))[0]
         if name == "sums":
-            steps = [next(sums).steps[0] for _ in range(10)]
-            yield Document(
-                "", " ".join(f"{s.left}{s.operator}{s.right}={s.result}." for s in steps)
-            )
+            steps = [problem.steps[0] for problem in itertools.islice(one_step, 10)]
+            yield Document("", f"{write_sums(steps)}.")
         else:
-            yield write_document(rng, next(stories), TEMPLATES[name])
+            yield write_document(rng, next(any_level), TEMPLATES[name])
 
 
 def train_tokenizer(corpus: Sequence[Document]) -> PreTrainedTokenizerFast:
@@ -159,6 +176,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -170,12 +188,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Document]
-) -> list[list[int]]:
-    """Return token ids, each with its EOS; prompts are encoded alone, as when sampling."""
+    tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Document], rng: random.Random
+) -> list[tuple[list[int], int]]:
+    """Return the token ids of documents, and how many of their first tokens carry no loss.
+
+    Prompts are encoded alone, as when sampling. Most carry no loss: their random names and numbers
+    teach little and drown the rest.
+    """
+    rows = []
     prompts = tokenizer([document.prompt for document in corpus])["input_ids"]
     completions = tokenizer([document.completion for document in corpus])["input_ids"]
-    return [p + c + [tokenizer.eos_token_id] for p, c in zip(prompts, completions, strict=True)]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        masked = 0 if rng.random() < PROMPT_LOSS_SHARE else len(prompt)
+        rows.append((prompt + completion + [tokenizer.eos_token_id], masked))
+    return rows
 
 
 def batches(
@@ -184,23 +210,27 @@ def batches(
     """Yield input ids and labels without end, documents of about the same length together.
 
     Yields:
-        Two tensors of shape (documents, tokens), int64, right-padded; padding has the label -100.
+        Two tensors of shape (documents, tokens), int64, right-padded; the label -100 marks
+        padding and prompts that carry no loss.
     """
     rng = random.Random(seed)
     source = documents(seed)
     while True:
-        rows = encode_documents(tokenizer, [next(source) for _ in range(CHUNK_DOCUMENTS)])
-        rows.sort(key=len)
+        corpus = list(itertools.islice(source, CHUNK_DOCUMENTS))
+        rows = sorted(encode_documents(tokenizer, corpus, rng), key=lambda row: len(row[0]))
         cuts = [0]
-        for i, row in enumerate(rows):
-            if (i + 1 - cuts[-1]) * len(row) > BATCH_TOKENS:
+        for i, (ids, _) in enumerate(rows):
+            if (i + 1 - cuts[-1]) * len(ids) > BATCH_TOKENS:
                 cuts.append(i)
         groups = [rows[a:b] for a, b in itertools.pairwise([*cuts, len(rows)])]
         rng.shuffle(groups)
         for group in groups:
-            width = len(group[-1])
-            input_ids = torch.tensor([r + [0] * (width - len(r)) for r in group])
-            labels = torch.tensor([r + [-100] * (width - len(r)) for r in group])
+            width = len(group[-1][0])
+            input_ids = torch.zeros(len(group), width, dtype=torch.int64)
+            labels = torch.full_like(input_ids, -100)
+            for i, (ids, masked) in enumerate(group):
+                input_ids[i, : len(ids)] = torch.tensor(ids)
+                labels[i, masked : len(ids)] = torch.tensor(ids[masked:])
             yield input_ids, labels
 
 

@@ -217,22 +217,17 @@ def _attend(
     return output.transpose(1, 2).contiguous()
 
 
-def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Make a model attend by ``packed_attention`` if all its layers attend to all tokens.
-
-    Returns:
-        Whether it does from now on.
-    """
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make a model attend by ``packed_attention``, if all its layers attend to all tokens."""
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    has_windows = bool(getattr(config, "sliding_window", None))
     if (
-        not model._supports_attention_backend
-        or set(layer_types) != {"full_attention"}
-        or getattr(config, "sliding_window", None)
+        model._supports_attention_backend
+        and set(layer_types) == {"full_attention"}
+        and not has_windows
     ):
-        return False
-    model.set_attn_implementation(PACKED_ATTENTION)
-    return True
+        model.set_attn_implementation(PACKED_ATTENTION)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -41,29 +41,26 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch_rows(rollout: Rollout, rows: Rows, group_size: int, max_tokens: int) -> list[Rows]:
-    """Cut rows into micro-batches of at most a number of tokens, padding counted.
+    """Cut rows into micro-batches of at most a number of tokens.
 
-    Groups are sorted by their longest response, so that little is padded; rows of one group stay
-    adjacent. A row that is longer than the budget stands alone.
+    A prompt counts once for all its responses in a micro-batch, as the policy reads it. A row
+    that is longer than the budget stands alone.
 
     Args:
         rollout: the batch.
-        rows: some of its rows.
+        rows: some of its rows, those of a group adjacent.
         group_size: G.
-        max_tokens: prompt (once a group) and response tokens of a micro-batch, with padding.
+        max_tokens: prompt and response tokens of a micro-batch.
     """
-    longest = rollout.response_lengths.reshape(-1, group_size).max(axis=1)
-    rows = rows[np.lexsort((rows, rows // group_size, longest[rows // group_size]))]
-    group = rows // group_size
-    response, prompt = rollout.response_lengths[rows], rollout.prompt_lengths[rows]
     cuts: list[Rows] = []
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        tokens = len(np.unique(group[start:stop])) * prompt[start:stop].max()
-        tokens += (stop - start) * response[start:stop].max()
-        if stop - start > 1 and tokens > max_tokens:
-            cuts.append(rows[start : stop - 1])
-            start = stop - 1
+    start, tokens = 0, 0
+    for i, row in enumerate(rows):
+        prompt, response = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        new_prompt = i == start or row // group_size != rows[i - 1] // group_size
+        if i > start and tokens + prompt * new_prompt + response > max_tokens:
+            cuts.append(rows[start:i])
+            start, tokens, new_prompt = i, 0, True
+        tokens += prompt * new_prompt + response
     if len(rows):
         cuts.append(rows[start:])
     return cuts

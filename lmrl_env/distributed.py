@@ -112,7 +112,7 @@ class BatchPlan:
         group_size: G, responses to each.
         updates: optimiser steps an epoch, at most ``questions``.
         epochs: passes over a batch.
-        max_tokens: of a micro-batch, padding included.
+        max_tokens: of a micro-batch.
         seed: of the run.
 
     Attributes:

@@ -60,10 +60,18 @@ def test_every_row_is_in_one_micro_batch_of_at_most_the_token_budget(lengths, ma
     cuts = micro_batch_rows(rollout, rows, 2, max_tokens)
     assert sorted(np.concatenate(cuts)) == list(rows)
     for cut in cuts:
-        prompts = {tuple(rollout.prompt_ids[r]) + (r // 2,) for r in cut}
-        tokens = len(prompts) * rollout.prompt_lengths[cut].max()
-        tokens += len(cut) * rollout.response_lengths[cut].max()
+        prompts = {row // 2: rollout.prompt_lengths[row] for row in cut}
+        tokens = sum(prompts.values()) + rollout.response_lengths[cut].sum()
         assert tokens <= max_tokens or len(cut) == 1
+
+
+def test_micro_batches_are_as_full_as_their_order_allows():
+    rollout = make_rollout([5, 5], [3, 3, 3, 3], group_size=2)
+    # A group costs 5 + 3 + 3 = 11, and the next group's first row 8 more.
+    cuts = micro_batch_rows(rollout, np.arange(4), 2, max_tokens=18)
+    assert [cut.tolist() for cut in cuts] == [[0, 1], [2, 3]]
+    cuts = micro_batch_rows(rollout, np.arange(4), 2, max_tokens=19)
+    assert [cut.tolist() for cut in cuts] == [[0, 1, 2], [3]]
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,8 @@ class VllmEngine:
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_sleep_mode": not self._on_cpu,
             "enforce_eager": self._on_cpu,
+            # Where a prompt is cut, vLLM rewinds the response's generator; the CPU's cannot.
+            "enable_chunked_prefill": not self._on_cpu,
         }
         if self._on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             options["kv_cache_memory_bytes"] = 1 << 30

@@ -230,6 +230,14 @@ def test_seeds_reproduce_and_differ(engine, prompts):
     assert len({tuple(completion.token_ids) for completion in first}) == 4
 
 
+def test_more_prompts_than_fit_one_step_are_sampled_as_one_is(engine, model, tokenizer):
+    prompts = [[(7 * i + k) % 250 + 1 for i in range(280)] for k in range(40)]  # 11,200 tokens
+    completions = engine.generate(prompts, Sampling(3), 1, range(40))
+    assert largest_gap(model, tokenizer, prompts, completions) < TOLERANCE
+    [alone] = engine.generate(prompts[-1:], Sampling(3), 1, [39])
+    assert alone.token_ids.tolist() == completions[-1].token_ids.tolist()
+
+
 def test_greedy_decoding_takes_the_likeliest_token(engine, model, tokenizer, prompts):
     [completion] = engine.generate(prompts[:1], Sampling(16, temperature=0.0), 1, [0])
     ids = torch.tensor([[*prompts[0], *completion.token_ids.tolist()]])
@@ -319,6 +327,7 @@ def test_failure_start_and_close_leave_the_process_as_it_was(
     weightless.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{model_folder}/{file}", weightless)
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     set_num_threads = torch.set_num_threads
     with pytest.raises(EngineError, match="weightless"):
