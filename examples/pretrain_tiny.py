@@ -48,7 +48,6 @@ TAIL_PROBABILITY = 0.5
 FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
 """Shares of documents: the three templates, and plain lists of sums."""
 
-TOKENIZER_DOCUMENTS = 20_000
 CHUNK_DOCUMENTS = 4096
 FIRST_DOCUMENTS = 8 * CHUNK_DOCUMENTS
 PROMPT_LOSS_SHARE = 0.1
@@ -405,7 +404,8 @@ With the R1 template, by style and outcome (finished responses):
 def main(out: Path, steps: int, seed: int) -> None:
     """Pretrain the tiny base model and write its folder, with a model card, to OUT."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(list(itertools.islice(documents(seed), TOKENIZER_DOCUMENTS)))
+    corpus = itertools.islice(documents(seed), FIRST_DOCUMENTS, FIRST_DOCUMENTS + CHUNK_DOCUMENTS)
+    tokenizer = train_tokenizer(list(corpus))
     model = make_model(tokenizer)
     start = time.monotonic()
     loss = train(model, tokenizer, steps, seed)
