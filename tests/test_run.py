@@ -20,7 +20,7 @@ SMALL = {
     "questions": "arithmetic:size=40",
     "prompts_per_step": 2,
     "group_size": 2,
-    "max_new_tokens": 24,
+    "max_new_tokens": 64,
     "eval_questions": 4,
     "eval_every": 2,
     "lr": 1e-3,
@@ -171,7 +171,10 @@ def test_two_ranks_under_torchrun_do_what_one_does(finished, tmp_path):
     for mine, alone in zip(timeless(rows(folder)), timeless(rows(finished)), strict=False):
         assert mine.keys() == alone.keys()
         for key, value in mine.items():
-            assert value == pytest.approx(alone[key], rel=1e-3, abs=1e-5), key
+            expected = alone[key]
+            if expected is not None:  # a mean over nothing
+                expected = pytest.approx(expected, rel=1e-3, abs=1e-5)
+            assert value == expected, key
 
 
 def test_errors_end_the_program_with_their_message_alone(tmp_path):
