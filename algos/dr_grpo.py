@@ -58,7 +58,7 @@ class Args:
     """token budget of a response, K [3000]"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
-    lr: float = 1e-4
+    lr: float = 2e-4
     """learning rate of AdamW [1e-6]"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly; constant afterwards"""

@@ -39,13 +39,13 @@ from lmrl_env.templates import NONE, QWEN_MATH, R1, TEMPLATES, Template
 EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 512
 
-CAREFUL_SHARE = {R1.name: 0.3, QWEN_MATH.name: 0.4, NONE.name: 0.6}
+CAREFUL_SHARE = {R1.name: 0.4, QWEN_MATH.name: 0.5, NONE.name: 0.7}
 """How often a solution is careful; most often without a template, as for Llama.5-Math."""
-CAREFUL_ACCURACY = 0.97
+CAREFUL_ACCURACY = 0.98
 CARELESS_ACCURACY = 0.2
 TAIL_PROBABILITY = 0.5
 """Of one more sentence after the result, whatever was said before."""
-FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
+FORMATS = {"r1": 0.25, "qwen-math": 0.15, "none": 0.5, "sums": 0.1}
 """Shares of documents: the three templates, and plain lists of sums."""
 
 CHUNK_DOCUMENTS = 4096
@@ -360,24 +360,30 @@ def style_row(careful: bool, right: bool, responses: Sequence[Response]) -> str:
 
 CARD = """# tiny
 
-A base language model of {parameters:,} parameters for trying reinforcement learning on a laptop:
+A base language model of {parameters:,} parameters, for trying reinforcement learning on a laptop:
 `{architecture}`, {layers} layers of width {width}, context {context}, float32, with a byte-level
 BPE tokenizer of {vocab} tokens (any text can be encoded; every digit is a token). It was trained
-from scratch, on nothing but text that its script makes: word problems of the training split of
-the built-in `arithmetic` questions, in the R1 and Qwen-Math templates and without one, with
-careful and careless solutions, and lists of sums. It knows nothing else, and no text longer than
-about 250 tokens. Licence: MIT, as the package.
+from scratch on nothing but text that its script makes: word problems of the training split of the
+built-in `arithmetic` questions, posed in the R1 template, in the Qwen-Math template or bare, with
+careful and careless solutions, and lists of sums. It knows nothing else, has seen no text longer
+than about 300 tokens, and is no instruction follower. Licence: MIT, as the package.
+
+A careful solution works step by step; a careless one guesses, is shorter, and mostly wrong. The
+first words show which it is. After the result follow sentences that repeat and never revise it.
 
 ## Recipe
 
-`python examples/pretrain_tiny.py --steps {steps} --seed {seed}`: {steps} steps of about
-{batch_tokens} tokens, AdamW (0.9, 0.95), weight decay 0.1, learning rate {lr} with {warmup} steps
-of warm-up and a cosine to zero, gradient norm 1; {minutes:.0f} minutes on {threads} threads; final
-loss {loss:.3f} nats a token over all of the text.
+`python examples/pretrain_tiny.py --steps {steps} --seed {seed}` took {minutes:.0f} minutes on
+{threads} CPU threads. Final loss: {loss:.3f} nats a token.
 
-Shares of documents: {formats}. Careful solutions: {careful}; right {careful_accuracy:.0%} of the
-time, the others {careless_accuracy:.0%}. After the result, each further sentence that repeats it
-has probability {tail}, whatever was said before.
+- Data: {first:,} short documents (a one-step question and its sum), then, without end, documents of
+  these kinds: {formats}. No text repeats on purpose; held-out expressions never occur.
+- Careful solutions: {careful}. They are right {careful_accuracy:.0%} of the time (the others slip
+  in the last step), careless ones {careless_accuracy:.0%} (the others are a random number).
+- Each further sentence after the result has probability {tail}, whatever was said before.
+- Loss: cross-entropy on all of a completion; on the prompt of one document in {prompt_loss:.0f}.
+- {steps} steps of about {batch_tokens} tokens; AdamW (0.9, 0.95), weight decay 0.1, learning rate
+  {lr} after {warmup} steps of warm-up, cosine to zero, gradient norm at most 1.
 
 ## Measured
 
@@ -399,7 +405,7 @@ With the R1 template, by style and outcome (finished responses):
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="runs/tiny", show_default=True)
-@click.option("--steps", default=5000, show_default=True, help="Optimiser steps.")
+@click.option("--steps", default=7500, show_default=True, help="Optimiser steps.")
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, steps: int, seed: int) -> None:
     """Pretrain the tiny base model and write its folder, with a model card, to OUT."""
@@ -423,6 +429,8 @@ def main(out: Path, steps: int, seed: int) -> None:
         vocab=VOCAB_SIZE,
         steps=steps,
         seed=seed,
+        first=FIRST_DOCUMENTS,
+        prompt_loss=1 / PROMPT_LOSS_SHARE,
         batch_tokens=BATCH_TOKENS,
         lr=LEARNING_RATE,
         warmup=WARMUP_STEPS,
