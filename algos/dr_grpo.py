@@ -48,7 +48,7 @@ class Args:
     """question set to train on: arithmetic, a .jsonl[.gz] file, a folder or a hub id"""
     eval_set: str | None = None
     """question set to evaluate on; by default the held-out part of --questions"""
-    steps: int = 120
+    steps: int = 100
     """rollout batches"""
     prompts_per_step: int = 16
     """questions of a rollout batch, over all ranks [128]"""
