@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.grading_process import WorkerProcess, encode_line, wait
 from lmrl_env.types import Question
-from lmrl_env.verifiers import Verdict, Verifier
+from lmrl_env.verifiers import Verdict, Verifier, verdict_at_once
 
 _LONGEST_CHUNK = 32
 _LARGEST_CHUNK = 1 << 16
@@ -33,7 +33,8 @@ class Grader:
     waits instead of computing is stopped after ten times as many seconds of wall clock. Either
     gives the status ``timeout``. An exception, or a worker that dies, gives ``crash`` for that
     item alone. A stopped worker is replaced; its start, and the ``warm_up()`` of the verifier's
-    module where there is one, count against no item.
+    module where there is one, count against no item. What a look can settle, such as a response
+    without an answer, is settled without a worker (``verifiers.verdict_at_once``).
 
     >>> with Grader("lmrl_env.verifiers:boxed_math", workers=1) as grader:
     ...     verdicts = grader.grade([r"It is \boxed{4}.", "It is 4."], ["4", "4"])
@@ -114,17 +115,23 @@ class Grader:
                 f"{len(responses)} responses, {len(answers)} answers and {len(rows)} questions: "
                 "expected one of each for every item"
             )
-        items = [
-            encode_line([response, answer, row and {**row._asdict(), "extra": dict(row.extra)}])
-            for response, answer, row in zip(responses, answers, rows, strict=True)
-        ]
+        verdicts: dict[int, Verdict] = {}
+        items: dict[int, bytes] = {}
+        for i, (response, answer, row) in enumerate(zip(responses, answers, rows, strict=True)):
+            verdict = verdict_at_once(self.verifier, response, answer)
+            if verdict is not None:
+                verdicts[i] = verdict
+            else:
+                question = row and {**row._asdict(), "extra": dict(row.extra)}
+                items[i] = encode_line([response, answer, question])
         with self._own_lock():
             self._start()
             try:
-                return self._grade(items)
+                verdicts.update(self._grade(items))
             except BaseException:  # answers under way would be taken for the next batch's
                 _stop_all(self._pool, self._pid)
                 raise
+        return [verdicts[i] for i in range(len(verdicts))]
 
     def close(self) -> None:
         """Stop the workers; a second call does nothing."""
@@ -153,10 +160,10 @@ class Grader:
         while len(self._pool) < self.workers:
             self._pool.append(WorkerProcess(self.verifier, self.timeout, self.memory_limit))
 
-    def _grade(self, items: list[bytes]) -> list[Verdict]:
+    def _grade(self, items: dict[int, bytes]) -> dict[int, Verdict]:
         """Deal the items out to the workers, and replace the workers that fail."""
         verdicts: dict[int, Verdict] = {}
-        todo = deque(range(len(items)))
+        todo = deque(items)
         while len(verdicts) < len(items):
             for worker in self._pool:
                 if worker.ready and not worker.items and todo:
@@ -169,9 +176,9 @@ class Grader:
                     verdicts.update(worker.bury())
                     todo.extendleft(reversed(worker.items))
             self._fill_pool()
-        return [verdicts[i] for i in range(len(items))]
+        return verdicts
 
-    def _take_chunk(self, todo: deque[int], items: list[bytes]) -> dict[int, bytes]:
+    def _take_chunk(self, todo: deque[int], items: dict[int, bytes]) -> dict[int, bytes]:
         """Take items off the list: many while many are left, so that all workers end together."""
         longest = min(_LONGEST_CHUNK, 1 + len(todo) // (2 * self.workers))
         chunk: dict[int, bytes] = {}

@@ -24,7 +24,7 @@ OUT_OF_MEMORY = 86
 WALL_FACTOR = 10
 """Seconds of wall clock that an item may take for each second of processor time."""
 
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 
 
 class WorkerProcess:

@@ -6,6 +6,8 @@ import ast
 import inspect
 import itertools
 import json
+import os
+import sys
 import textwrap
 import typing
 from collections.abc import Callable
@@ -31,6 +33,7 @@ def run_command(args_class: type[ArgsT], main: Callable[[ArgsT], None]) -> None:
             defaults, each with a docstring under it; it has the fields ``resume`` and ``run_dir``.
         main: the program.
     """
+    sys.path.append(os.getcwd())  # where the module of an id such as my_module:MyEnv-v0 may be
     docs = field_docs(args_class)
     hints = typing.get_type_hints(args_class)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -160,7 +162,7 @@ class Run:
                 **vars(args),
                 "algorithm": self.algorithm,
                 "ranks": self.accelerator.num_processes,
-                "env_spec": None if envs.spec is None else json.loads(envs.spec.to_json()),
+                "env_spec": _spec_record(envs.spec),
                 "train_questions": f"{tables[0].questions.report}; {tables[0].dropped} too long",
                 "eval_questions_set": f"{tables[1].questions.report}; {tables[1].dropped} too long",
                 "command": sys.argv,
@@ -373,6 +375,18 @@ class Run:
             show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
             show(f"go on with: python {sys.argv[0]} --resume {self.dir}")
+
+
+def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
+    """Return a spec as JSON can hold it, functions by their path."""
+    if spec is None:
+        return None
+    paths: dict[str, Any] = {
+        name: f"{function.__module__}:{function.__qualname__}"
+        for name in ("entry_point", "vector_entry_point")
+        if callable(function := getattr(spec, name))
+    }
+    return json.loads(dataclasses.replace(spec, **paths).to_json())
 
 
 def _default_run_dir(algorithm: str, env: str, seed: int) -> str:

@@ -14,6 +14,7 @@ from lmrl_env.verifiers import (
     boxed_math,
     math_answer,
     math_equal,
+    verdict_at_once,
     verifier_for,
 )
 
@@ -278,3 +279,33 @@ def test_every_template_has_a_verifier_of_its_format():
 def test_an_unknown_answer_format_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match=r"'spoken'.*boxed.*either.*tag"):
         verifier_for("spoken")
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *("</think>", "<answer>", "</answer>", r"\boxed{", "}", "12", "-7", "0", " ", "x"),
+                "007",
+            ]
+        ),
+        max_size=12,
+    ).map("".join),
+    st.sampled_from(["12", "-7", "7", "0", "x", "", ("3", "12"), ("x", "12")]),
+    st.sampled_from([boxed_math, answer_tag_math, math_answer]),
+)
+def test_what_is_settled_at_once_is_what_the_verifier_says(response, answer, verifier):
+    at_once = verdict_at_once(f"lmrl_env.verifiers:{verifier.__name__}", response, answer)
+    assert at_once is None or at_once == verifier(response, answer)
+
+
+def test_only_missing_answers_and_whole_numbers_are_settled_at_once():
+    def at_once(response, answer="12"):
+        return verdict_at_once("lmrl_env.verifiers:boxed_math", response, answer)
+
+    assert at_once("no answer").status == "unparseable"
+    assert at_once(r"\boxed{012}").status == "correct"
+    assert at_once(r"\boxed{13}").status == "wrong"
+    assert at_once(r"\boxed{\frac{24}{2}}") is None
+    assert at_once(r"\boxed{12}", r"\frac{24}{2}") is None
+    assert verdict_at_once("my_module:boxed_math", "no answer", "12") is None

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_the_gym_loop_of_the_readme_runs(capsys):
+    exec(PYTHON_BLOCKS[0].replace("num_envs=64", "num_envs=2"), {})
+    assert " [0." in capsys.readouterr().out  # what random tokens earn
+
+
+TRAIN = [
+    *("--steps=1", "--prompts-per-step=1", "--group-size=2", "--max-new-tokens=48"),
+    *("--eval-questions=2", "--questions=arithmetic:size=40", "--device=cpu"),
+]
+
+
+def train_in(folder, env_id):
+    """Train for a step as the README says, from the folder that holds the user's module."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "algos/dr_grpo.py"), "--env", env_id, "--run-dir=run", *TRAIN],
+        cwd=folder,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    samples = (folder / "run" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(sample) for sample in samples]
+
+
+@pytest.mark.slow
+def test_the_verifier_of_the_readme_trains(tmp_path):
+    (tmp_path / "polite.py").write_text(PYTHON_BLOCKS[1])
+    samples = train_in(tmp_path, "polite:Polite-v0")
+    assert {sample["verifier_status"] for sample in samples} <= {"wrong", "correct", "truncated"}
+
+
+@pytest.mark.slow
+def test_the_custom_verifier_example_trains(tmp_path):
+    (tmp_path / "custom_verifier.py").write_text(
+        (ROOT / "examples" / "custom_verifier.py").read_text()
+    )
+    assert len(train_in(tmp_path, "custom_verifier:BriefMath-v0")) == 2
+
+
+def test_the_gym_loop_example_plays_to_the_end(capsys):
+    spec = importlib.util.spec_from_file_location("gym_loop", ROOT / "examples" / "gym_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    assert "of 8 answers were right" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_built_wheel_holds_the_tiny_model_and_no_algorithms(tmp_path):
+    subprocess.run(
+        [*(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"), "-w", tmp_path, ROOT],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for file in ("assets/tiny/model.safetensors", "assets/tiny/tokenizer.json", "py.typed"):
+        assert f"lmrl_env/{file}" in names
+    assert not any(name.startswith(("algos/", "tests/", "examples/")) for name in names)
