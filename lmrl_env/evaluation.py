@@ -55,7 +55,9 @@ def evaluate(
     )
     metrics = outcome_metrics(accelerator, batch, index < len(order))
     accuracy = metrics.pop("reward/accuracy")
-    return {"eval/accuracy": accuracy} | {f"eval/{key}": value for key, value in metrics.items()}
+    return {"eval/accuracy": accuracy, "eval/questions": len(order)} | {
+        f"eval/{key}": value for key, value in metrics.items()
+    }
 
 
 def outcome_metrics(

@@ -367,7 +367,7 @@ class Run:
             show(
                 f"held-out accuracy {first['eval/accuracy']:.1%} (step {first['step']}) → "
                 f"[bold]{last['eval/accuracy']:.1%}[/] (step {last['step']}), "
-                f"{self.args.eval_questions} questions at temperature {self.args.temperature}"
+                f"{last['eval/questions']} questions at temperature {self.args.temperature}"
             )
         minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
         show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
