@@ -77,7 +77,7 @@ class Args:
     seed: int = 0
     """of everything random"""
     eval_every: int = 10
-    """steps between evaluations; 0 evaluates at the end only [16]"""
+    """steps between evaluations; 0 evaluates the start and the end only [16]"""
     eval_questions: int = 512
     """held-out questions of an evaluation, one response each"""
     checkpoint_every: int = 50
@@ -108,20 +108,21 @@ def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
     Args:
         rewards: shape (N,), float, over all ranks; the G responses to a question are adjacent.
-        group_size: G, a divisor of N.
+        group_size: G, at least 2, a divisor of N.
 
     Returns:
         Advantages, shape (N,), in units of reward.
 
     Raises:
-        ConfigurationError: if ``group_size`` does not divide N.
+        ConfigurationError: for another ``group_size``.
 
     >>> compute_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4)
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    if len(rewards) % group_size:
+    if group_size < 2 or len(rewards) % group_size:
         raise ConfigurationError(
-            f"{len(rewards)} rewards do not form groups of group_size={group_size}"
+            f"{len(rewards)} rewards do not form groups of group_size={group_size}: expected at "
+            "least 2, a divisor of their number"
         )
     groups = rewards.reshape(-1, group_size)  # (N / G, G)
     return (groups - groups.mean(dim=1, keepdim=True)).reshape(-1)

@@ -30,7 +30,7 @@ def write(name: str, figures: dict[str, Any]) -> None:
         cwd=RESULTS.parent,
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     ).stdout.strip()
     record = {
         "benchmark": name,

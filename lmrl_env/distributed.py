@@ -7,6 +7,7 @@ steps and DDP averages over ranks; both are undone here, in ``backward``, and no
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
@@ -42,10 +44,14 @@ def make_accelerator(device: str, dtype: str, tracker: str | None, run_dir: str)
         run_dir: where a tracker writes.
 
     Raises:
-        ConfigurationError: for ``cuda`` where there is none.
+        ConfigurationError: for ``cuda`` where there is none, or a tracker that is not installed.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise ConfigurationError(
+            f"--tracker {tracker}: it is not installed; run pip install {tracker}"
+        )
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     return Accelerator(
         cpu=on_cpu,
@@ -222,6 +228,7 @@ def sync_weights(
     *,
     prompt_ids: Sequence[int],
     temperature: float,
+    max_new_tokens: int,
     dtype: str,
 ) -> float:
     """Give the engine the policy's weights, and check that it samples from them.
@@ -236,6 +243,7 @@ def sync_weights(
         version: stamped on what the engine writes from now on.
         prompt_ids: of the canary.
         temperature: of the canary and of training.
+        max_new_tokens: most tokens that the engine is made for.
         dtype: chooses the tolerance.
 
     Returns:
@@ -245,7 +253,7 @@ def sync_weights(
         WeightSyncError: if it exceeds the tolerance, or the version is not the new one.
     """
     engine.update_weights(full_weights(accelerator, policy), version)
-    sampling = Sampling(CANARY_TOKENS, temperature)
+    sampling = Sampling(min(CANARY_TOKENS, max_new_tokens), temperature)
     (completion,) = engine.generate([prompt_ids], sampling, 1, [version])
     module: Policy = accelerator.unwrap_model(policy)
     device = accelerator.device
@@ -281,3 +289,4 @@ def shutdown(accelerator: Accelerator) -> None:
     accelerator.free_memory()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # another run may start in this process

@@ -297,9 +297,15 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         them: ``response_mask`` is False there.
 
         Raises:
+            InvalidActionError: for a token that the tokenizer does not know.
             ResetNeededError: if the slot is finished or was never reset.
         """
         self._check_started()
+        outside = [t for t in token_ids if not 0 <= t < self.tokenizer.vocab_size]
+        if outside:
+            raise InvalidActionError(
+                f"token {outside[0]} is out of range: expected 0 to {self.tokenizer.vocab_size - 1}"
+            )
         if self._done[slot]:
             raise ResetNeededError(
                 f"slot {slot} is finished: insert tokens into running slots only"
@@ -340,10 +346,11 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         """
         arrays = {name: getattr(self, f"_{name}") for name in (*EPISODE, *STREAMS)}
         for name, array in arrays.items():
-            if np.shape(state[name]) != array.shape:
+            shape = np.shape(state[name]) if name in state else None
+            if shape != array.shape:
                 raise ConfigurationError(
-                    f"state[{name!r}] has shape {np.shape(state[name])}, expected {array.shape}: "
-                    "make the environment with the arguments of the one that was saved"
+                    f"state[{name!r}] has shape {shape}, expected {array.shape}: make "
+                    "the environment with the arguments of the one that was saved"
                 )
         for name, array in arrays.items():
             array[...] = state[name]
@@ -371,9 +378,14 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         sources = np.asarray(slots, dtype=np.int64)
         others = np.setdiff1d(np.arange(self.num_envs), sources)
         targets = np.asarray(others[: len(sources) * k] if into is None else into, dtype=np.int64)
-        if len(np.intersect1d(targets, others)) != len(sources) * k:
+        wanted, known = len(sources) * k, set(range(self.num_envs))
+        if (
+            not known.issuperset(sources.tolist())
+            or len(targets) != wanted
+            or len(np.intersect1d(targets, others)) != wanted
+        ):
             raise ConfigurationError(
-                f"fork of {len(sources)} slots into {k} others each needs {len(sources) * k} "
+                f"fork of the slots {sources.tolist()} into {k} others each needs {wanted} "
                 f"different targets among the {len(others)} slots that are not sources, got "
                 f"{targets.tolist()}; make the environment with more slots"
             )

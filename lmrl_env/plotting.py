@@ -35,6 +35,6 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if len(series) > 1:
+        if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_packed_attention
 from lmrl_env.errors import ConfigurationError, ModelError
@@ -71,6 +77,11 @@ def load_model(
             f"the weights of {model!r} lack {sorted(report['missing_keys'])}, which would be left "
             "at random: expected a complete causal language model; download or export it again"
         )
+    # Sampling is the engines' work; a hub model's own settings may not even be valid to save.
+    own = loaded.generation_config
+    loaded.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     use_packed_attention(loaded)
     return loaded.to(device).eval()  # type: ignore[arg-type]
 

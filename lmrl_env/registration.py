@@ -182,7 +182,7 @@ def make_engine(
         max_model_len: most tokens of a prompt and its response together.
         module: the trainer's own Transformers model, which the local engine then shares, so
             that a weight sync copies nothing; None loads the model's weights.
-        dtype: of the engine's weights, where it loads them.
+        dtype: of the computation; the local engine keeps float32 weights.
         device: of the local engine, where it loads the weights; None is a GPU if there is one.
         seed: of the engine's own random numbers, where it has any.
     """
@@ -198,5 +198,5 @@ def make_engine(
 
     if module is None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module = load_model(model, dtype=dtype, device=device)
-    return LocalEngine(module, tokenizer)
+        module = load_model(model, device=device)
+    return LocalEngine(module, tokenizer, dtype=dtype)

@@ -138,19 +138,21 @@ def rollout(
     group_size = env.group_size  # at first all slots of a group stand at the same prompt
 
     while not done.all():
-        slots = np.flatnonzero(~done)
         started = time.perf_counter()
-        states = [
-            observations["input_ids"][slot, : observations["length"][slot]].tolist()
-            for slot in slots[::group_size]
-        ]
-        completions = engine.generate(states, sampling, group_size, seeds[slots].tolist())
-        sampled = time.perf_counter()
         written = observations["length"] - prompt_lengths
         actions = np.full((n, k), NO_TOKEN, dtype=np.int32)
-        for slot, completion in zip(slots, completions, strict=True):
-            _write(slot, completion, written[slot], actions, logprobs)
-            versions[slot] = completion.version if versions[slot] < 0 else versions[slot]
+        for start in np.unique(written[~done]):  # at first one: all slots have the whole budget
+            slots = np.flatnonzero(~done & (written == start))
+            states = [
+                observations["input_ids"][slot, : observations["length"][slot]].tolist()
+                for slot in slots[::group_size]
+            ]
+            budget = sampling._replace(max_new_tokens=max(1, k - int(start)))
+            completions = engine.generate(states, budget, group_size, seeds[slots].tolist())
+            for slot, completion in zip(slots, completions, strict=True):
+                _write(slot, completion, start, actions, logprobs)
+                versions[slot] = completion.version if versions[slot] < 0 else versions[slot]
+        sampled = time.perf_counter()
         observations, rewards, terminations, truncations, info = envs.step(actions)
         sample_seconds += sampled - started
         env_seconds += time.perf_counter() - sampled

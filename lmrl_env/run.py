@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -66,7 +66,12 @@ class Run:
     def __init__(self, args: Any, algorithm_file: str):
         self.args = args
         self.algorithm = Path(algorithm_file).stem
-        args.run_dir = args.run_dir or _default_run_dir(self.algorithm, args.env, args.seed)
+        for name, least in (("steps", 1), ("eval_questions", 1), ("seed", 0)):
+            if getattr(args, name) < least:
+                raise ConfigurationError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}"
+                )
+        args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
         self.dir = Path(args.run_dir)
         if not args.resume and (self.dir / "metrics.jsonl").exists():
             raise ConfigurationError(
@@ -96,7 +101,7 @@ class Run:
         self._started = time.perf_counter()
         self._stop_signal: signal.Signals | None = None
         self._stopping = False
-        self._batch_saved = False
+        self._batch_saved = self.last_step > 0
 
     @property
     def model(self) -> str:
@@ -113,20 +118,27 @@ class Run:
             "tokens_per_step": args.max_new_tokens,
             "autoreset_mode": "Disabled",
         }
-        envs = gym.make_vec(
-            args.env,
-            self.plan.groups * args.group_size,
-            questions=args.questions,
-            group_size=args.group_size,
-            **common,
-        )
-        eval_envs = gym.make_vec(
-            args.env,
-            math.ceil(args.eval_questions / self.accelerator.num_processes),
-            questions=args.eval_set or args.questions,
-            split="all" if args.eval_set else "heldout",
-            **common,
-        )
+        slots = math.ceil(args.eval_questions / self.accelerator.num_processes)
+        try:
+            envs = gym.make_vec(
+                args.env,
+                self.plan.groups * args.group_size,
+                questions=args.questions,
+                group_size=args.group_size,
+                **common,
+            )
+            eval_envs = gym.make_vec(
+                args.env,
+                slots,
+                questions=args.eval_set or args.questions,
+                split="all" if args.eval_set else "heldout",
+                **common,
+            )
+        except (gym.error.Error, ImportError, TypeError) as error:
+            raise ConfigurationError(
+                f"--env {args.env!r} cannot be made ({error}): expected an id such as MathR1-v0 or "
+                "my_module:MyEnv-v0 of a module here or installed, over make_token_vector_env"
+            ) from error
         return envs, eval_envs
 
     # --- begin
@@ -135,9 +147,6 @@ class Run:
         if self._stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop_signal = signal.Signals(number)
-        self.display.console.print(
-            f"{self._stop_signal.name}: ending after this step with a checkpoint"
-        )
 
     def start(
         self,
@@ -171,7 +180,6 @@ class Run:
                 "versions": {package: _version(package) for package in PACKAGES},
             }
             (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            self._keep_rows_until(self.last_step)
             self._print_heading(tables[0], tables[1])
         if args.tracker:
             values = {k: v for k, v in vars(args).items() if v is not None}
@@ -186,6 +194,9 @@ class Run:
             seed=args.seed,
         )
         self._sync_weights(policy, engine)
+        if self.is_main:
+            self._keep_logged_rows()
+        atexit.register(self._stack.close)  # an error must not leave a terminal without a cursor
         self._stack.enter_context(self.display)
         for row in self.rows:
             self.display.update(row)
@@ -195,21 +206,36 @@ class Run:
             self._write_row(self.evaluate(eval_envs, engine))
         return engine
 
+    def _show(self, text: str, style: str = "") -> None:
+        """Print a line on the first rank; text is never taken for markup."""
+        self.display.console.print(text, style=style, markup=False, soft_wrap=True)
+
     def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
         args = self.args
-        show = functools.partial(self.display.console.print, soft_wrap=True)
-        show(f"{self.algorithm} trains {args.model} in {args.env}; everything goes to {self.dir}")
+        self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.dir}")
+        if args.resume:
+            source = self.checkpoint or "the start, since the run has no checkpoint yet"
+            self._show(f"going on from {source}")
         for name, table in (("train", train), ("held-out", heldout)):
             note = f", {table.dropped} too long for the context" if table.dropped else ""
-            show(f"[dim]{name} questions: {table.questions.report}{note}[/]")
+            self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
 
-    def _keep_rows_until(self, step: int) -> None:
+    def _keep_logged_rows(self) -> None:
         """Drop logged rows that the checkpoint does not know of: they will be written again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.dir / name
-            lines = path.read_text().splitlines() if path.exists() else []
-            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = []
+            if self.checkpoint is not None and path.exists():
+                for line in path.read_text().splitlines():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:  # cut off when the run was killed
+                        break
+                    if row["step"] <= self.last_step:
+                        rows.append(row)
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.replace(path)
             if name == "metrics.jsonl":
                 self.rows = rows
 
@@ -229,6 +255,8 @@ class Run:
     def is_stopping(self) -> bool:
         """Return whether a signal reached any rank; every rank calls, once a step."""
         self._stopping = any_rank(self.accelerator, self._stop_signal is not None)
+        if self._stopping:
+            self._show("a signal asked to stop: ending with a checkpoint")
         return self._stopping
 
     def is_due(self, every: int) -> bool:
@@ -249,6 +277,7 @@ class Run:
             self.last_step,
             prompt_ids=self._canary_prompt,
             temperature=self.args.temperature,
+            max_new_tokens=self.args.max_new_tokens,
             dtype=self.args.dtype,
         )
 
@@ -361,20 +390,20 @@ class Run:
             return
         self._stack.close()
         evaluated = [row for row in self.rows if row.get("eval/accuracy") is not None]
-        show = functools.partial(self.display.console.print, soft_wrap=True)
         if evaluated:
             first, last = evaluated[0], evaluated[-1]
-            show(
+            self._show(
                 f"held-out accuracy {first['eval/accuracy']:.1%} (step {first['step']}) → "
-                f"[bold]{last['eval/accuracy']:.1%}[/] (step {last['step']}), "
-                f"{last['eval/questions']} questions at temperature {self.args.temperature}"
+                f"{last['eval/accuracy']:.1%} (step {last['step']}), "
+                f"{last['eval/questions']} questions at temperature {self.args.temperature}",
+                style="bold",
             )
         minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
-        show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
+        self._show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
         for path in sorted(self.dir.iterdir()):
-            show(f"  {path}{'/' if path.is_dir() else ''}")
+            self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
-            show(f"go on with: python {sys.argv[0]} --resume {self.dir}")
+            self._show(f"go on with: python {sys.argv[0]} --resume {self.dir}")
 
 
 def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
@@ -389,10 +418,10 @@ def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
     return json.loads(dataclasses.replace(spec, **paths).to_json())
 
 
-def _default_run_dir(algorithm: str, env: str, seed: int) -> str:
+def _default_run_dir(algorithm: str, args: Any) -> str:
     """Return ``runs/ALGORITHM-ENV-SEED-TIME``."""
-    name = env.rsplit(":", 1)[-1]
-    return f"runs/{algorithm}-{name}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = args.env.rsplit(":", 1)[-1]
+    return f"runs/{algorithm}-{name}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _version(package: str) -> str | None:
@@ -404,13 +433,19 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Return the commit of the checkout that this file is in, or None outside of one."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git on this machine
+        return None
     return found.stdout.strip() or None
 
 

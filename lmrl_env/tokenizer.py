@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmrl_env.errors import ModelError, PromptTooLongError
+from lmrl_env.errors import ModelError
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 """Folder of the base model that ships with the package."""
@@ -45,21 +45,6 @@ class Tokenizer:
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts at once."""
         return self._tokenizer(list(prompts))["input_ids"] if prompts else []
-
-    def encode_prompt(self, prompt: str, max_new_tokens: int) -> list[int]:
-        """Return the ids of a prompt that leaves room for a response.
-
-        Raises:
-            PromptTooLongError: if prompt and budget together exceed the context.
-        """
-        token_ids = self.encode(prompt)
-        if len(token_ids) + max_new_tokens > self.context_length:
-            raise PromptTooLongError(
-                f"a prompt of {len(token_ids)} tokens and max_new_tokens={max_new_tokens} exceed "
-                f"the model's context of {self.context_length} tokens; shorten the prompt "
-                f"({prompt[:60]!r}...) or lower max_new_tokens"
-            )
-        return token_ids
 
     def decode(self, token_ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of token ids, special tokens spelled out."""

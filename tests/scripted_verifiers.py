@@ -50,3 +50,9 @@ def scripted(response, answer, *, question=None):
 
 def broken_helper(response, answer, *, question=None):
     raise NotImplementedError
+
+
+def pays_for_the_row(response, answer, *, question=None):
+    """Correct if the whole row of the question came along, its level included."""
+    told = question is not None and question.answer == answer and "level" in question.extra
+    return Verdict(float(told), "correct" if told else "wrong")

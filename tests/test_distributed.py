@@ -88,7 +88,14 @@ def test_the_canary_accepts_the_policys_own_engine_and_stamps_the_version(accele
     policy, engine = Policy(model, tokenizer.vocab_size), LocalEngine(model, tokenizer)
     prompt = tokenizer.encode("User: What is 2 + 3?\nAssistant:")
     gap = sync_weights(
-        accelerator, policy, engine, 7, prompt_ids=prompt, temperature=0.8, dtype="float32"
+        accelerator,
+        policy,
+        engine,
+        7,
+        prompt_ids=prompt,
+        temperature=0.8,
+        max_new_tokens=8,
+        dtype="float32",
     )
     assert gap < 1e-4 and engine.version == 7
 
@@ -109,5 +116,12 @@ def test_the_canary_stops_an_engine_whose_weights_are_stale(accelerator):
             parameter.mul_(1.05)
     with pytest.raises(WeightSyncError, match=re.escape("log-probs differ from the policy's")):
         sync_weights(
-            accelerator, policy, engine, 1, prompt_ids=[5, 6, 7], temperature=1.0, dtype="float32"
+            accelerator,
+            policy,
+            engine,
+            1,
+            prompt_ids=[5, 6, 7],
+            temperature=1.0,
+            max_new_tokens=8,
+            dtype="float32",
         )

@@ -318,8 +318,9 @@ def test_a_fork_without_room_is_refused():
     envs.reset(seed=0)
     with pytest.raises(ConfigurationError, match="needs 4 different targets among the 2 slots"):
         envs.fork([0], k=4)
-    with pytest.raises(ConfigurationError, match="different targets"):
-        envs.fork([0], k=1, into=[0])
+    for slots, k, into in ([0], 1, [0]), ([0], 2, [1, 1]), ([0], 2, [1, 2, 2]), ([9], 1, None):
+        with pytest.raises(ConfigurationError, match="different targets"):
+            envs.fork(slots, k=k, into=into)
 
 
 def test_a_state_of_another_shape_is_refused():
@@ -327,6 +328,8 @@ def test_a_state_of_another_shape_is_refused():
         envs = token_envs(3)
         envs.reset(seed=0)
         token_envs(2).set_state(envs.get_state())
+    with pytest.raises(ConfigurationError, match="has shape None"):
+        token_envs(2).set_state({})
 
 
 # --- inserted tokens
@@ -342,6 +345,13 @@ def test_inserted_tokens_are_state_and_not_action():
     assert observations["input_ids"][0, prompt : prompt + 4].tolist() == [PLAIN, 5, 6, EOS]
     assert terminated[0] and info["response_length"][0] == 4
     assert info["response_mask"][0, :5].tolist() == [True, False, False, True, False]
+
+
+def test_an_inserted_token_that_does_not_exist_is_refused():
+    envs = token_envs(1)
+    envs.reset(seed=0)
+    with pytest.raises(InvalidActionError, match=f"token {V} is out of range"):
+        envs.insert_tokens(0, [V])
 
 
 def test_inserted_tokens_fill_no_more_than_the_budget():

@@ -22,6 +22,7 @@ from gymnasium.wrappers.vector import (
 import lmrl_env
 from lmrl_env.errors import ConfigurationError, ModelError, PromptTooLongError, UnknownNameError
 from lmrl_env.tokenizer import load_tokenizer
+from lmrl_env.wrappers import VerifierReward
 
 IDS = ("MathR1-v0", "MathQwen-v0", "MathPlain-v0")
 SMALL = {"questions": "arithmetic:size=20", "max_new_tokens": 8}
@@ -75,6 +76,14 @@ def test_truncated_reward_says_what_a_cut_off_response_earns(truncated_reward, p
         _, rewards, terminated, truncated, _ = envs.step(np.array([token]))
     assert truncated[0] and not terminated[0]
     assert rewards[0] == paid
+
+
+def test_a_verifier_gets_the_whole_row_of_the_question():
+    base = lmrl_env.make_token_vector_env(2, **SMALL)
+    envs = VerifierReward(base, "scripted_verifiers:pays_for_the_row", workers=1)
+    envs.reset(seed=0)
+    assert envs.step(np.array([EOS, EOS]))[1].tolist() == [1.0, 1.0]
+    envs.grader.close()
 
 
 @pytest.mark.parametrize("env_id", IDS)

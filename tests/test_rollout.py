@@ -29,9 +29,11 @@ class ScriptedEngine:
         self.script = script
         self.prompts: list[list[list[int]]] = []
         self.calls: list[tuple[int, int]] = []
+        self.budgets: list[int] = []
 
     def generate(self, prompt_ids, sampling, n, seeds):
         self.calls.append((len(prompt_ids), n))
+        self.budgets.append(sampling.max_new_tokens)
         self.prompts.append([list(prompt) for prompt in prompt_ids])
         completions = []
         for i, seed in enumerate(seeds):
@@ -105,6 +107,7 @@ def test_a_slot_with_inserted_tokens_is_written_on_from_its_state_and_they_are_m
 
     engine, batch = play(envs, script)
     assert engine.calls == [(1, 2), (1, 1)]
+    assert engine.budgets == [BUDGET, BUDGET - 3]  # one token written, two inserted
     assert engine.prompts[1][0][-3:] == [PLAIN, 5, 6]
     assert batch.response_ids[0, :5].tolist() == [PLAIN, 5, 6, PLAIN, EOS]
     assert batch.mask[0, :6].tolist() == [True, False, False, True, True, False]

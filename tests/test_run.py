@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from algos.dr_grpo import Args, main
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout
+from lmrl_env.tokenizer import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -107,6 +111,78 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(finished, tmp_path):
     train(folder, steps=2)
     resumed = train(folder, steps=4, resume=str(folder))
     assert timeless(resumed) == timeless(rows(finished))
+
+
+def test_a_run_that_was_killed_while_it_logged_is_resumed(finished, tmp_path):
+    folder = tmp_path / "run"
+    train(folder, steps=2)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 3, "reward/me')
+    resumed = train(folder, steps=4, resume=str(folder))
+    assert timeless(resumed) == timeless(rows(finished))
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_the_start(finished, tmp_path):
+    folder = tmp_path / "run"
+    train(folder, steps=1)
+    shutil.rmtree(folder / "checkpoints")
+    resumed = train(folder, steps=4, resume=str(folder))
+    assert timeless(resumed) == timeless(rows(finished))
+
+
+def test_a_resumed_run_leaves_the_first_batch_alone(tmp_path):
+    file = tmp_path / "batch.safetensors"
+    train(tmp_path / "run", steps=1, save_batch=str(file))
+    before = file.read_bytes()
+    train(tmp_path / "run", steps=2, save_batch=str(file), resume=str(tmp_path / "run"))
+    assert file.read_bytes() == before
+
+
+def test_a_model_whose_own_sampling_settings_are_invalid_is_trained_and_saved(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, model)
+    settings = json.loads((model / "generation_config.json").read_text())
+    settings |= {"do_sample": False, "temperature": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    train(tmp_path / "run", steps=1, model=str(model))
+    assert (tmp_path / "run" / "checkpoints" / "step-1" / "model.safetensors").is_file()
+
+
+def test_a_budget_of_two_tokens_is_enough_to_run(tmp_path):
+    assert train(tmp_path / "run", steps=1, max_new_tokens=2)[1]["length/mean"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"steps": 0}, "--steps 0: expected at least 1"),
+        ({"eval_questions": 0}, "--eval-questions 0: expected at least 1"),
+        ({"seed": -1}, "--seed -1: expected at least 0"),
+        ({"group_size": 1}, "group_size=1: expected at least 2"),
+        ({"env": "NoSuch-v0"}, "--env 'NoSuch-v0' cannot be made"),
+        ({"env": "no_such_module:Env-v0"}, "--env 'no_such_module:Env-v0' cannot be made"),
+        ({"env": "CartPole-v1"}, "--env 'CartPole-v1' cannot be made"),
+        ({"tracker": "no_such_tracker"}, "pip install no_such_tracker"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(tmp_path, kwargs, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        train(tmp_path / "run", **{"steps": 1, **kwargs})
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path):
+    train(tmp_path / "run", steps=1, tracker="tensorboard")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_mixed_precision_samples_and_trains(tmp_path):
+    logged = train(tmp_path / "run", steps=1, dtype="bfloat16")
+    assert logged[1]["mismatch/logprob_abs_mean"] < 0.01
+    assert all(
+        tensor.dtype == torch.float32
+        for tensor in load_file(tmp_path / "run/checkpoints/step-1/model.safetensors").values()
+    )
 
 
 def test_several_updates_and_epochs_move_the_policy_off_the_sampling_policy(tmp_path):

@@ -33,13 +33,23 @@ class LocalEngine:
         model: a causal language model.
         tokenizer: of that model.
         batch_size: most rows that are sampled together.
+        dtype: of the computation; ``bfloat16`` is mixed precision over float32 weights, as in
+            the trainer.
 
     Attributes:
         version: of the weights; 0 before the first update.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, *, batch_size: int = 256):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 256,
+        dtype: str = "float32",
+    ):
         self.version = 0
+        self._mixed_precision = dtype == "bfloat16"
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
@@ -86,7 +96,10 @@ class LocalEngine:
         self._check_arguments(prompt_ids, sampling, n, seeds)
         prompts = [prompt for prompt in prompt_ids for _ in range(n)]
         completions: list[Completion] = []
-        with torch.inference_mode(), _evaluating(self._model):
+        precision = torch.autocast(
+            self._model.device.type, torch.bfloat16, enabled=self._mixed_precision
+        )
+        with torch.inference_mode(), precision, _evaluating(self._model):
             while len(completions) < len(prompts):
                 start = len(completions)
                 rows = slice(start, start + self._rows_at_once(prompts[start:], sampling))

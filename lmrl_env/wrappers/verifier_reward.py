@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from lmrl_env.env import TokenVectorEnv
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.grading import shared_grader
+from lmrl_env.types import Question
 from lmrl_env.verifiers import Verifier
 
 
@@ -64,6 +66,15 @@ class VerifierReward(VectorWrapper):
             rewards = np.asarray(rewards, dtype=np.float64) + self._pay(ended, truncations, info)
         return observations, rewards, terminations, truncations, info
 
+    def _questions(
+        self, slots: npt.NDArray[np.int64], info: dict[str, Any]
+    ) -> list[Question | None] | None:
+        """Return the rows that the slots were asked, where a token MDP is beneath."""
+        env = self.unwrapped
+        if not isinstance(env, TokenVectorEnv):
+            return None
+        return [env.prompts.questions[info["question_id"][i]] for i in slots]
+
     def _pay(
         self, ended: npt.NDArray[np.bool_], truncated: npt.NDArray[np.bool_], info: dict[str, Any]
     ) -> npt.NDArray[np.float64]:
@@ -85,7 +96,9 @@ class VerifierReward(VectorWrapper):
             statuses[ended & truncated] = "truncated"
         slots = np.flatnonzero(graded)
         verdicts = self.grader.grade(
-            [info["response"][i] for i in slots], [info["answer"][i] for i in slots]
+            [info["response"][i] for i in slots],
+            [info["answer"][i] for i in slots],
+            self._questions(slots, info),
         )
         for i, verdict in zip(slots, verdicts, strict=True):
             scores[i], statuses[i], extracted[i] = verdict[:3]
