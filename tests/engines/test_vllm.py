@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,3 +401,31 @@ def test_two_ranks_run_an_engine_each_beside_their_process_group(model_folder, t
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "finished 0" in result.stdout and "finished 1" in result.stdout
+
+
+@pytest.mark.slow
+def test_dr_grpo_trains_with_this_engine_and_it_samples_the_new_weights(tmp_path):
+    flags = {
+        "engine": "vllm",
+        "questions": "arithmetic:size=40",
+        "prompts-per-step": 4,
+        "group-size": 4,
+        "max-new-tokens": 64,
+        "eval-questions": 8,
+        "steps": 2,
+        "run-dir": tmp_path / "run",
+        "device": "cpu",
+    }
+    program = Path(__file__).parents[2] / "algos" / "dr_grpo.py"
+    subprocess.run(
+        [sys.executable, str(program), *(f"--{key}={value}" for key, value in flags.items())],
+        check=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows[1:]:
+        assert row["policy/grad_norm"] > 0
+        assert row["mismatch/logprob_abs_mean"] < TOLERANCE
+        assert row["mismatch/canary_logprob_abs_max"] < TOLERANCE
