@@ -35,7 +35,7 @@ from lmrl_env.types import BatchTotals
 
 @dataclass
 class Args:
-    """Settings of a run; the paper's for a 7B model stand in brackets where they differ."""
+    """Settings of a run, beside the paper's for a 7B model where they differ."""
 
     # --- shared args: begin
     env: str = "MathR1-v0"
@@ -51,15 +51,15 @@ class Args:
     steps: int = 100
     """rollout batches"""
     prompts_per_step: int = 16
-    """questions of a rollout batch, over all ranks [128]"""
+    """questions of a rollout batch, over all ranks (paper: 128)"""
     group_size: int = 8
     """responses to each question, G"""
     max_new_tokens: int = 96
-    """token budget of a response, K [3000]"""
+    """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
     lr: float = 2e-4
-    """learning rate of AdamW [1e-6]"""
+    """learning rate of AdamW (paper: 1e-6)"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly; constant afterwards"""
     weight_decay: float = 0.0
@@ -69,7 +69,7 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients of a larger norm are scaled down to it"""
     updates_per_step: int = 1
-    """optimiser steps an epoch: parts that a rollout batch is cut into [8]"""
+    """optimiser steps an epoch: parts that a rollout batch is cut into (paper: 8)"""
     epochs: int = 1
     """passes over a rollout batch"""
     micro_batch_tokens: int = 8192
@@ -77,7 +77,7 @@ class Args:
     seed: int = 0
     """of everything random"""
     eval_every: int = 10
-    """steps between evaluations; 0 evaluates the start and the end only [16]"""
+    """steps between evaluations; 0 evaluates the start and the end only (paper: 16)"""
     eval_questions: int = 512
     """held-out questions of an evaluation, one response each"""
     checkpoint_every: int = 50
@@ -93,12 +93,19 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """of the training"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the computation; master weights are float32 [bfloat16]"""
+    """of the computation; master weights are float32 (paper: bfloat16)"""
     # --- shared args: end
     clip_eps_low: float = 0.2
     """the ratio is clipped below at 1 minus this"""
     clip_eps_high: float = 0.2
     """the ratio is clipped above at 1 plus this"""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigurationError(
+                f"--group-size {self.group_size}: expected at least 2, since a response is "
+                "compared with the others of its group"
+            )
 
 
 def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:

@@ -34,13 +34,22 @@ from lmrl_env.evaluation import evaluate
 from lmrl_env.plotting import plot_curves
 from lmrl_env.progress import ProgressDisplay
 from lmrl_env.prompts import PromptTable
-from lmrl_env.registration import make_engine
+from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.rollout import Rollout
 
 if TYPE_CHECKING:
     from lmrl_env.engines.engine import Engine
 
-PACKAGES = ("accelerate", "gymnasium", "lmrl_env", "math-verify", "torch", "transformers", "vllm")
+PACKAGES = (
+    "accelerate",
+    "gymnasium",
+    "lmrl_env",
+    "math-verify",
+    "numpy",
+    "torch",
+    "transformers",
+    "vllm",
+)
 
 
 class Run:
@@ -177,6 +186,11 @@ class Run:
                 "command": sys.argv,
                 "commit": _git_commit(),
                 "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {_gpus()}",
+                "used": {
+                    "engine": resolve_engine(args.engine),
+                    "device": str(self.accelerator.device),
+                },
+                "python": platform.python_version(),
                 "versions": {package: _version(package) for package in PACKAGES},
             }
             (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -216,8 +230,10 @@ class Run:
         if args.resume:
             source = self.checkpoint or "the start, since the run has no checkpoint yet"
             self._show(f"going on from {source}")
-        for name, table in (("train", train), ("held-out", heldout)):
+        asked = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
+        for name, table, asked in (("train", train, ""), ("held-out", heldout, asked)):
             note = f", {table.dropped} too long for the context" if table.dropped else ""
+            note += asked
             self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
 
     def _keep_logged_rows(self) -> None:

@@ -42,8 +42,8 @@ def train_in(folder, env_id):
 
 @pytest.mark.slow
 def test_the_verifier_of_the_readme_trains(tmp_path):
-    (tmp_path / "polite.py").write_text(PYTHON_BLOCKS[1])
-    samples = train_in(tmp_path, "polite:Polite-v0")
+    (tmp_path / "checking.py").write_text(PYTHON_BLOCKS[1])
+    samples = train_in(tmp_path, "checking:Checking-v0")
     assert {sample["verifier_status"] for sample in samples} <= {"wrong", "correct", "truncated"}
 
 

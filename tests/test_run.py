@@ -159,7 +159,7 @@ def test_a_budget_of_two_tokens_is_enough_to_run(tmp_path):
         ({"steps": 0}, "--steps 0: expected at least 1"),
         ({"eval_questions": 0}, "--eval-questions 0: expected at least 1"),
         ({"seed": -1}, "--seed -1: expected at least 0"),
-        ({"group_size": 1}, "group_size=1: expected at least 2"),
+        ({"group_size": 1}, "--group-size 1: expected at least 2"),
         ({"env": "NoSuch-v0"}, "--env 'NoSuch-v0' cannot be made"),
         ({"env": "no_such_module:Env-v0"}, "--env 'no_such_module:Env-v0' cannot be made"),
         ({"env": "CartPole-v1"}, "--env 'CartPole-v1' cannot be made"),
