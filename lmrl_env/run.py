@@ -230,8 +230,8 @@ class Run:
         if args.resume:
             source = self.checkpoint or "the start, since the run has no checkpoint yet"
             self._show(f"going on from {source}")
-        asked = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
-        for name, table, asked in (("train", train, ""), ("held-out", heldout, asked)):
+        evaluated = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
+        for name, table, asked in (("train", train, ""), ("held-out", heldout, evaluated)):
             note = f", {table.dropped} too long for the context" if table.dropped else ""
             note += asked
             self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
