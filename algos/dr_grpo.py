@@ -26,6 +26,8 @@ from lmrl_env.batches import token_metrics
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
+from lmrl_env.groups import by_group
+from lmrl_env.importance import mismatch_metrics, truncated_importance_weights
 from lmrl_env.options import run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
@@ -72,6 +74,10 @@ class Args:
     """optimiser steps an epoch: parts that a rollout batch is cut into (paper: 8)"""
     epochs: int = 1
     """passes over a rollout batch"""
+    tis_cap: float | None = None
+    """cap of the importance weights from engine to trainer, as 2; by default there are none"""
+    entropy_coef: float = 0.0
+    """of the entropy bonus, the mean over tokens in nats"""
     micro_batch_tokens: int = 8192
     """tokens of a forward pass; does not change the gradient"""
     seed: int = 0
@@ -100,6 +106,7 @@ class Args:
     clip_eps_high: float = 0.2
     """the ratio is clipped above at 1 plus this"""
 
+    # --- shared groups: begin
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ConfigurationError(
@@ -107,9 +114,11 @@ class Args:
                 "compared with the others of its group"
             )
 
+    # --- shared groups: end
+
 
 def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Reward of each response above the mean of its group.
+    """Return the reward of each response above the mean of its group.
 
     Aᵢ = Rᵢ - mean(R₁, …, R_G)      Liu et al. 2025, arXiv:2503.20783, section 3.2
 
@@ -121,17 +130,12 @@ def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
         Advantages, shape (N,), in units of reward.
 
     Raises:
-        ConfigurationError: for another ``group_size``.
+        ConfigurationError: for rewards that do not form groups.
 
     >>> compute_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4)
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    if group_size < 2 or len(rewards) % group_size:
-        raise ConfigurationError(
-            f"{len(rewards)} rewards do not form groups of group_size={group_size}: expected at "
-            "least 2, a divisor of their number"
-        )
-    groups = rewards.reshape(-1, group_size)  # (N / G, G)
+    groups = by_group(rewards, group_size)  # (N / G, G)
     return (groups - groups.mean(dim=1, keepdim=True)).reshape(-1)
 
 
@@ -145,7 +149,7 @@ def policy_loss(
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's share of the loss; the shares of an optimiser step sum to it.
+    """Return a micro-batch's share of the loss; the shares of an optimiser step sum to it.
 
     -1/(N·K) Σᵢ Σₜ min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1-ε_low, 1+ε_high) Aᵢₜ)
     Liu et al. 2025, arXiv:2503.20783, section 3.2
@@ -164,17 +168,15 @@ def policy_loss(
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (n, 1)
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
+    ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # (n, k)
     loss = -(objective * mask).sum() / (totals.responses * totals.max_new_tokens)
     with torch.no_grad():
-        is_clipped = objective < ratio * advantages
-        kl = ratio - 1 - log_ratio  # k3, Schulman 2020, of old against new
+        is_clipped = (objective < ratio * advantages) & mask
         metrics = {
-            "policy/clip_fraction": (is_clipped * mask).sum() / totals.tokens,
-            "policy/approx_kl": (kl * mask).sum() / totals.tokens,
+            "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
+            "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
         }
     return loss, metrics
 
@@ -208,15 +210,18 @@ def main(args: Args) -> None:
             seeds=plan.seeds(step),
             temperature=args.temperature,
         )
-        rewards = distributed.all_gather(accelerator, batch.rewards)
+        row = outcome_metrics(accelerator, batch, args.group_size)
+        train_started = time.perf_counter()
         # --- shared rollout: end
+        rewards = distributed.all_gather(accelerator, batch.rewards)
         advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
 
         # --- shared update: begin
-        train_started = time.perf_counter()
-        old_logprobs = None  # at the first update they are the policy's own: no forward for them
-        if args.updates_per_step * args.epochs > 1:
-            old_logprobs = plan.score(policy, batch, args.temperature)
+        on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
+        if on_policy:
+            old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
+        else:
+            old_logprobs = plan.logprobs(policy, batch, args.temperature)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
         shares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -228,37 +233,44 @@ def main(args: Args) -> None:
                     logprobs, entropy = policy(
                         micro.tokens, temperature=args.temperature, with_entropy=True
                     )
-                    old = logprobs.detach()
-                    if old_logprobs is not None:
-                        old = old_logprobs[micro.rows, : micro.width]
+                    if on_policy:
+                        old_logprobs[micro.rows, : micro.width] = logprobs.detach()
+                    old = micro.part(old_logprobs)
+                    weighted = micro.part(advantages)  # (n,) or (n, k)
+                    if args.tis_cap is not None:
+                        weights = truncated_importance_weights(
+                            old, micro.sampling_logprobs, args.tis_cap
+                        )
+                        weighted = weights * weighted.reshape(len(weights), -1)  # (n, k)
                     # --- shared update: end
                     loss, metrics = policy_loss(
                         logprobs,
                         old,
-                        advantages[micro.rows],
+                        weighted,
                         micro.mask,
                         totals,
                         clip_eps_low=args.clip_eps_low,
                         clip_eps_high=args.clip_eps_high,
                     )
                     # --- shared step: begin
+                    metrics |= token_metrics(micro, logprobs, old, entropy, totals)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * metrics["policy/entropy"]
                     distributed.backward(accelerator, loss)
-                metrics |= token_metrics(micro, old, entropy, totals)
                 for name, share in metrics.items():
-                    shares[name] = shares[name].to(share.device) + share
+                    shares[name] = shares[name].to(share.device) + share.detach()
             grad_norms.append(
                 accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
             )
             optimizer.step()
             optimizer.zero_grad()
-        train_seconds = time.perf_counter() - train_started
         # --- shared step: end
 
         # --- shared log: begin
-        row = outcome_metrics(accelerator, batch)
         row |= distributed.mean_shares(accelerator, shares, len(grad_norms))
         row |= {"policy/grad_norm": sum(grad_norms) / len(grad_norms)}
-        row |= run.sync(policy, engine, batch, train_seconds)
+        row |= mismatch_metrics(accelerator, batch, old_logprobs)
+        row |= run.sync(policy, engine, batch, time.perf_counter() - train_started)
         if run.is_due(args.eval_every):
             row |= run.evaluate(eval_envs, engine)
         run.log(row, batch, envs)

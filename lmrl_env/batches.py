@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmrl_env.kl import k3
 from lmrl_env.policy import TokenBatch
 from lmrl_env.rollout import Rollout
 from lmrl_env.types import BatchTotals
@@ -38,6 +39,11 @@ class MicroBatch(NamedTuple):
     def width(self) -> int:
         """Return k, tokens of the longest response."""
         return self.mask.shape[1]
+
+    def part(self, values: Tensor) -> Tensor:
+        """Return these rows of values of the whole rollout: (N,) to (n,), (N, K) to (n, k)."""
+        own = values[self.rows]
+        return own if own.dim() == 1 else own[:, : self.width]
 
 
 def micro_batch_rows(rollout: Rollout, rows: Rows, group_size: int, max_tokens: int) -> list[Rows]:
@@ -100,20 +106,27 @@ def _tensor(array: npt.NDArray[np.generic], device: torch.device | str) -> Tenso
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
-@torch.no_grad()
 def token_metrics(
-    micro: MicroBatch, old_logprobs: Tensor, entropy: Tensor, totals: BatchTotals
+    micro: MicroBatch,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    entropy: Tensor,
+    totals: BatchTotals,
 ) -> dict[str, Tensor]:
-    """Return a micro-batch's shares of the metrics that are means over action tokens.
+    """Return a micro-batch's shares of what is measured of every algorithm.
+
+    Both are means over all action tokens of the optimiser step, in nats: the policy's entropy,
+    whose share keeps its gradient, and its divergence from the rollout's policy by k3.
 
     Args:
         micro: the micro-batch.
-        old_logprobs: shape (n, k), of the trainer's policy at rollout weights; nats.
-        entropy: shape (n, k), of the policy; nats.
+        logprobs: shape (n, k), of the policy.
+        old_logprobs: shape (n, k), of the policy at rollout weights.
+        entropy: shape (n, k), of the policy.
         totals: counts over the whole optimiser step.
     """
-    gap = (old_logprobs - micro.sampling_logprobs).abs()
+    divergence = k3(old_logprobs - logprobs.detach())
     return {
         "policy/entropy": (entropy * micro.mask).sum() / totals.tokens,
-        "mismatch/logprob_abs_mean": (gap * micro.mask).sum() / totals.tokens,
+        "policy/approx_kl": (divergence * micro.mask).sum() / totals.tokens,
     }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lmrl_env.errors import ModelError
@@ -25,6 +28,7 @@ def save_checkpoint(
     tokenizer_of: str,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    others: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]],
 ) -> None:
     """Write a checkpoint that ``--model`` and ``--resume`` can both load.
 
@@ -37,42 +41,68 @@ def save_checkpoint(
         tokenizer_of: model name whose tokenizer is saved with it.
         optimizer: its state goes into ``optimizer.safetensors``.
         state: plain values, into ``trainer.json``.
+        others: further modules under training and their optimisers, by name, into
+            ``NAME.safetensors`` and ``NAME_optimizer.safetensors``.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(model_path(tokenizer_of)).save_pretrained(partial)
-    packed = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.contiguous()
-        for index, entry in packed["state"].items()
-        for name, value in entry.items()
-    }
-    save_file(tensors, partial / OPTIMIZER_FILE)
+    save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
+    for name, (module, its_optimizer) in others.items():
+        save_model(module, str(partial / f"{name}.safetensors"))
+        save_file(_optimizer_tensors(its_optimizer), partial / f"{name}_{OPTIMIZER_FILE}")
     (partial / TRAINER_FILE).write_text(json.dumps(state, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the optimiser of a checkpoint back, its hyper-parameters left as they are.
 
     Raises:
         ModelError: if it belongs to a model with other parameters.
     """
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(folder / OPTIMIZER_FILE).items():
+    for key, value in load_file(file).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     packed = optimizer.state_dict()
     count = sum(len(group["params"]) for group in packed["param_groups"])
     if state and len(state) != count:
         raise ModelError(
-            f"{folder / OPTIMIZER_FILE} holds the state of {len(state)} parameters, expected "
+            f"{file} holds the state of {len(state)} parameters, expected "
             f"{count}: resume with the --model of the run"
         )
     optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+
+
+def load_other(
+    folder: Path, name: str, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put a further module of a checkpoint and its optimiser back.
+
+    Raises:
+        ModelError: if the checkpoint has no such module, or another one under its name.
+    """
+    file = folder / f"{name}.safetensors"
+    try:
+        load_model(module, str(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{file} does not hold the {name} of this run ({error}): resume with the algorithm "
+            "and the --model that wrote it"
+        ) from error
+    load_optimizer(folder / f"{name}_{OPTIMIZER_FILE}", optimizer)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

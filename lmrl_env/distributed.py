@@ -8,7 +8,7 @@ steps and DDP averages over ranks; both are undone here, in ``backward``, and no
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def all_sum(accelerator: Accelerator, values: npt.ArrayLike) -> npt.NDArray[np.f
     return accelerator.reduce(tensor, reduction="sum").cpu().numpy()
 
 
-def all_gather(accelerator: Accelerator, values: npt.NDArray[Any]) -> Tensor:
+def all_gather(accelerator: Accelerator, values: npt.NDArray[Any] | Tensor) -> Tensor:
     """Return the rows of all ranks, in the order of ranks, on this rank's device."""
     return accelerator.gather(torch.as_tensor(values, device=accelerator.device))
 
@@ -190,9 +190,9 @@ class BatchPlan:
                 yield (own[:, None] * self.group_size + np.arange(self.group_size)).ravel()
 
     def totals(self, batch: Rollout, rows: Rows) -> BatchTotals:
-        """Return the counts of an optimiser step over all ranks."""
+        """Return the counts of an optimiser step over all ranks; tokens count as 1 at least."""
         responses, tokens = all_sum(self.accelerator, [len(rows), batch.mask[rows].sum()])
-        return BatchTotals(int(responses), int(tokens), batch.mask.shape[1])
+        return BatchTotals(int(responses), max(1, int(tokens)), batch.mask.shape[1])
 
     def micro_batches(self, batch: Rollout, rows: Rows) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an optimiser step.
@@ -205,14 +205,25 @@ class BatchPlan:
         cuts += [np.zeros(0, dtype=np.int64)] * (max(count, 1) - len(cuts))
         return micro_batches(batch, cuts, self.group_size, self.accelerator.device)
 
-    def score(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
-        """Return the policy's log-probs of this rank's responses, shape (N, K), no gradient."""
-        logprobs = torch.zeros(batch.mask.shape, device=self.accelerator.device)
+    def score(self, batch: Rollout, forward: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """Return what a module says of each token of this rank's responses, without gradient.
+
+        Args:
+            batch: of this rank.
+            forward: returns shape (n, k) for a micro-batch's tokens, as log-probs or values.
+
+        Returns:
+            Shape (N, K), 0 behind the responses.
+        """
+        scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
         with torch.no_grad():
             for micro in self.micro_batches(batch, np.arange(len(batch.rewards))):
-                own, _ = policy(micro.tokens, temperature=temperature)
-                logprobs[micro.rows, : micro.width] = own
-        return logprobs
+                scores[micro.rows, : micro.width] = forward(micro.tokens)
+        return scores
+
+    def logprobs(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
+        """Return a policy's log-probs of this rank's responses, shape (N, K), no gradient."""
+        return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0])
 
 
 def full_weights(accelerator: Accelerator, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:

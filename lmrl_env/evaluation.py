@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 
 from lmrl_env.distributed import all_sum
 from lmrl_env.env import unwrap
+from lmrl_env.groups import has_signal
 from lmrl_env.rollout import Rollout, response_seeds, rollout
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def evaluate(
         seeds=seeds,
         temperature=temperature,
     )
-    metrics = outcome_metrics(accelerator, batch, index < len(order))
+    metrics = outcome_metrics(accelerator, batch, counted=index < len(order))
     accuracy = metrics.pop("reward/accuracy")
     return {"eval/accuracy": accuracy, "eval/questions": len(order)} | {
         f"eval/{key}": value for key, value in metrics.items()
@@ -61,16 +63,18 @@ def evaluate(
 
 
 def outcome_metrics(
-    accelerator: Accelerator, batch: Rollout, counted: Any = True
+    accelerator: Accelerator, batch: Rollout, group_size: int = 1, *, counted: Any = True
 ) -> dict[str, float | None]:
     """Return reward, accuracy and lengths over all ranks; None is a mean over nothing.
 
     ``length/incorrect`` is of responses that ended by themselves and are not correct: those that
-    the budget cut off are counted by ``length/truncated_fraction`` alone.
+    the budget cut off are counted by ``length/truncated_fraction`` alone. Groups of equal rewards,
+    from which group-relative advantages learn nothing, are ``reward/zero_variance_groups``.
 
     Args:
         accelerator: of this rank.
         batch: of this rank.
+        group_size: G; 1 leaves groups out.
         counted: shape (N,), bool: rows that count.
     """
     counted = np.broadcast_to(counted, batch.rewards.shape)
@@ -93,7 +97,7 @@ def outcome_metrics(
         ],
     ).tolist()
     n, right, wrong, cut, reward, tokens, right_tokens, wrong_tokens = sums
-    return {
+    metrics = {
         "reward/mean": reward / n,
         "reward/accuracy": right / n,
         "length/mean": tokens / n,
@@ -101,3 +105,8 @@ def outcome_metrics(
         "length/incorrect": wrong_tokens / wrong if wrong else None,
         "length/truncated_fraction": cut / n,
     }
+    if group_size > 1:
+        equal = ~has_signal(torch.from_numpy(batch.rewards), group_size).numpy()
+        zeros, groups = all_sum(accelerator, [equal.sum(), len(equal)]).tolist()
+        metrics["reward/zero_variance_groups"] = zeros / groups
+    return metrics

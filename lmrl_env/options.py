@@ -53,7 +53,7 @@ def run_command(args_class: type[ArgsT], main: Callable[[ArgsT], None]) -> None:
 
     options = [
         click.Option(
-            [f"--{field.name.replace('_', '-')}"],
+            [_flag(field.name, hints[field.name])],
             type=_click_type(hints[field.name]),
             default=None if field.default is MISSING else field.default,
             show_default=True,
@@ -81,6 +81,11 @@ def field_docs(args_class: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(doc))):
                 docs[name] = inspect.cleandoc(doc)
     return docs
+
+
+def _flag(name: str, hint: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}/--no-{flag}" if hint is bool else f"--{flag}"
 
 
 def _click_type(hint: Any) -> Any:

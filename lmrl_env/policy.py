@@ -113,6 +113,72 @@ class TokenBatch(NamedTuple):
     response_lengths: Tensor
 
 
+def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return the last hidden state at each response token's predecessor: the state it was acted in.
+
+    Args:
+        model: a causal language model, as ``load_model`` gives it.
+        batch: prompts and responses, on the model's device.
+
+    Returns:
+        Hidden states of shape (T, H), with gradient, T the number of response tokens in the order
+        of rows; and the mask of shape (n, K) that is True where those tokens stand.
+
+    Raises:
+        ModelError: if the model does not hand the layout of a packed row to its attention.
+    """
+    packed = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
+    hidden, before = _packed(model, batch) if packed else _padded(model, batch)
+    column = torch.arange(batch.response_ids.shape[1], device=hidden.device)
+    mask = column < batch.response_lengths[:, None]  # (n, K)
+    return hidden.index_select(0, before[mask]), mask
+
+
+def _packed(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
+    layout = PackedLayout(
+        batch.prompt_lengths, batch.prompt_index, batch.response_lengths - 1
+    )  # nothing is predicted from a response's last token
+    width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
+    column = torch.arange(max(width, length), device=batch.prompt_ids.device)
+    prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+    hidden = model.base_model(
+        input_ids=layout.pack(batch.prompt_ids, batch.response_ids)[None],
+        position_ids=layout.pack(
+            column[:width].expand(len(batch.prompt_lengths), -1),
+            prompt_lengths[:, None] + column[:length],
+        )[None],
+        # A mask of four dimensions keeps Transformers from building one of T × T.
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=column.device),
+        use_cache=False,
+        layout=layout,
+    ).last_hidden_state[0]
+    layers = model.config.get_text_config().num_hidden_layers
+    if layout.attended != layers:
+        raise ModelError(
+            f"{type(model).__name__} attended by the packed layout in {layout.attended} "
+            f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
+        )
+    last = layout.prompt_starts[batch.prompt_index] + prompt_lengths - 1
+    before = layout.response_starts[:, None] + column[: length - 1]
+    return hidden, torch.cat([last[:, None], before], dim=1)
+
+
+def _padded(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
+    n, length = batch.response_ids.shape
+    prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+    column = torch.arange(length, device=batch.response_ids.device)
+    places = prompt_lengths[:, None] + column
+    rows = F.pad(batch.prompt_ids[batch.prompt_index], (0, length)).scatter(
+        1, places, batch.response_ids
+    )
+    # Padding stands behind what counts, where a causal model does not look: no mask.
+    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
+    row_starts = rows.shape[1] * torch.arange(n, device=rows.device)
+    return hidden.flatten(0, 1), row_starts[:, None] + places - 1
+
+
 class Policy(nn.Module):
     """Log-probabilities and entropies of response tokens under a causal language model.
 
@@ -165,62 +231,13 @@ class Policy(nn.Module):
                 f"temperature {temperature} is not above 0: a greedy policy has no log-probability "
                 "gradient; sample and train at the same positive temperature"
             )
-        packed = self.model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
-        hidden, before = self._packed(batch) if packed else self._padded(batch)
-        column = torch.arange(batch.response_ids.shape[1], device=hidden.device)
-        mask = column < batch.response_lengths[:, None]  # (n, K)
+        states, mask = response_states(self.model, batch)
         logprobs, entropies = self._token_statistics(
-            hidden.index_select(0, before[mask]),
-            batch.response_ids[mask],
-            temperature,
-            with_entropy,
+            states, batch.response_ids[mask], temperature, with_entropy
         )
         zeros = logprobs.new_zeros(mask.shape)
         entropy = None if entropies is None else zeros.masked_scatter(mask, entropies)
         return zeros.masked_scatter(mask, logprobs), entropy
-
-    def _packed(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
-        layout = PackedLayout(
-            batch.prompt_lengths, batch.prompt_index, batch.response_lengths - 1
-        )  # nothing is predicted from a response's last token
-        width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
-        column = torch.arange(max(width, length), device=batch.prompt_ids.device)
-        prompt_lengths = batch.prompt_lengths[batch.prompt_index]
-        hidden = self.model.base_model(
-            input_ids=layout.pack(batch.prompt_ids, batch.response_ids)[None],
-            position_ids=layout.pack(
-                column[:width].expand(len(batch.prompt_lengths), -1),
-                prompt_lengths[:, None] + column[:length],
-            )[None],
-            # A mask of four dimensions keeps Transformers from building one of T × T.
-            attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=column.device),
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state[0]
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if layout.attended != layers:
-            raise ModelError(
-                f"{type(self.model).__name__} attended by the packed layout in {layout.attended} "
-                f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
-            )
-        last = layout.prompt_starts[batch.prompt_index] + prompt_lengths - 1
-        before = layout.response_starts[:, None] + column[: length - 1]
-        return hidden, torch.cat([last[:, None], before], dim=1)
-
-    def _padded(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
-        n, length = batch.response_ids.shape
-        prompt_lengths = batch.prompt_lengths[batch.prompt_index]
-        column = torch.arange(length, device=batch.response_ids.device)
-        places = prompt_lengths[:, None] + column
-        rows = F.pad(batch.prompt_ids[batch.prompt_index], (0, length)).scatter(
-            1, places, batch.response_ids
-        )
-        # Padding stands behind what counts, where a causal model does not look: no mask.
-        hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-        row_starts = rows.shape[1] * torch.arange(n, device=rows.device)
-        return hidden.flatten(0, 1), row_starts[:, None] + places - 1
 
     def _token_statistics(
         self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool

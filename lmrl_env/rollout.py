@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,40 @@ class Rollout(NamedTuple):
         if any(self.verifier_status):
             return np.array([status == "correct" for status in self.verifier_status])
         return self.rewards > 0
+
+    @property
+    def token_rewards(self) -> npt.NDArray[np.float64]:
+        """Shape (N, K), float64: the return, at the last action of each response."""
+        placed = np.zeros(self.mask.shape)
+        last = self.mask.shape[1] - 1 - np.argmax(self.mask[:, ::-1], axis=1)
+        placed[np.arange(len(last)), last] = self.rewards
+        return placed
+
+    def take(self, rows: npt.ArrayLike) -> Rollout:
+        """Return some rows, in the order given."""
+        rows = np.asarray(rows, dtype=np.int64)
+        fields = self._asdict()
+        for key, value in fields.items():
+            if isinstance(value, np.ndarray):
+                fields[key] = value[rows]
+            elif isinstance(value, list):
+                fields[key] = [value[row] for row in rows]
+        return Rollout(**fields)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[Rollout]) -> Rollout:
+        """Return the rows of several batches of one environment, their times summed."""
+        width = max(batch.prompt_ids.shape[1] for batch in batches)
+        fields: dict[str, Any] = {}
+        for key in cls._fields:
+            values = [getattr(batch, key) for batch in batches]
+            if key == "prompt_ids":
+                values = [np.pad(ids, ((0, 0), (0, width - ids.shape[1]))) for ids in values]
+            if isinstance(values[0], np.ndarray):
+                fields[key] = np.concatenate(values)
+            else:
+                fields[key] = sum(values, [] if isinstance(values[0], list) else 0.0)
+        return cls(**fields)
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Write the batch to a safetensors file, texts and ``metadata`` as JSON in its header."""

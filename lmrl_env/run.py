@@ -26,7 +26,14 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from lmrl_env.checkpoint import latest_checkpoint, load_optimizer, read_state, save_checkpoint
+from lmrl_env.checkpoint import (
+    OPTIMIZER_FILE,
+    latest_checkpoint,
+    load_optimizer,
+    load_other,
+    read_state,
+    save_checkpoint,
+)
 from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
@@ -80,6 +87,8 @@ class Run:
                 raise ConfigurationError(
                     f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}"
                 )
+        if args.tis_cap is not None and not args.tis_cap > 0:
+            raise ConfigurationError(f"--tis-cap {args.tis_cap}: expected above 0, as 2")
         args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
         self.dir = Path(args.run_dir)
         if not args.resume and (self.dir / "metrics.jsonl").exists():
@@ -111,6 +120,7 @@ class Run:
         self._stop_signal: signal.Signals | None = None
         self._stopping = False
         self._batch_saved = self.last_step > 0
+        self._others: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
 
     @property
     def model(self) -> str:
@@ -258,7 +268,21 @@ class Run:
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimiser back that the run is resumed with."""
         if self.checkpoint is not None:
-            load_optimizer(self.checkpoint, optimizer)
+            load_optimizer(self.checkpoint / OPTIMIZER_FILE, optimizer)
+
+    def add(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make a further module and its optimiser, a critic say, part of the checkpoints.
+
+        Where the run is resumed, both are put back.
+
+        Args:
+            name: of its files.
+            module: before ``prepare``.
+            optimizer: of its parameters, before ``prepare``.
+        """
+        self._others[name] = module, optimizer
+        if self.checkpoint is not None:
+            load_other(self.checkpoint, name, module, optimizer)
 
     # --- the clock
 
@@ -392,7 +416,8 @@ class Run:
         if self.is_main:
             folder = self.dir / "checkpoints" / f"step-{self.last_step}"
             model = self.accelerator.unwrap_model(policy).model
-            save_checkpoint(folder, model, self.args.model, optimizer, {"step": self.last_step})
+            state = {"step": self.last_step}
+            save_checkpoint(folder, model, self.args.model, optimizer, state, self._others)
             plot_curves(self.rows, self.dir / "curves.png", self._title())
         self.accelerator.wait_for_everyone()
 

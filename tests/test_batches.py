@@ -102,7 +102,7 @@ def gradient(policy, rollout, max_tokens, empty=0):
         old = logprobs.detach() - 0.1
         loss, metrics = policy_loss(logprobs, old, advantages[micro.rows], micro.mask, totals)
         loss.backward()
-        for name, share in (metrics | token_metrics(micro, old, entropy, totals)).items():
+        for name, share in (metrics | token_metrics(micro, logprobs, old, entropy, totals)).items():
             sums[name] = sums.get(name, 0.0) + share.item()
     return torch.cat([p.grad.ravel() for p in policy.parameters()]), sums
 

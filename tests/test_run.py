@@ -32,8 +32,9 @@ SMALL = {
 }
 KEYS = (
     "step reward/mean length/mean length/correct length/incorrect length/truncated_fraction "
-    "policy/entropy policy/approx_kl policy/clip_fraction policy/grad_norm "
-    "mismatch/logprob_abs_mean throughput/sample_tokens_per_s throughput/step_seconds "
+    "reward/zero_variance_groups policy/entropy policy/approx_kl policy/clip_fraction_low "
+    "policy/clip_fraction_high policy/grad_norm mismatch/logprob_abs_mean mismatch/logprob_abs_p99 "
+    "mismatch/k3 mismatch/effective_sample_size throughput/sample_tokens_per_s throughput/step_seconds "
     "time/sample time/verify time/train time/sync"
 ).split()
 
@@ -77,8 +78,9 @@ def test_metrics_have_a_row_a_step_behind_the_evaluation_of_the_start(finished):
     assert [row["step"] for row in logged] == [0, 1, 2, 3, 4]
     assert all(set(KEYS) <= set(row) for row in logged[1:])
     assert ["eval/accuracy" in row for row in logged] == [True, False, True, False, True]
-    on_policy = [(row["policy/clip_fraction"], row["policy/approx_kl"]) for row in logged[1:]]
-    assert on_policy == [(0.0, 0.0)] * 4
+    for row in logged[1:]:
+        assert row["policy/approx_kl"] == 0.0  # one update a batch: the policy is the rollout's
+        assert row["policy/clip_fraction_low"] == row["policy/clip_fraction_high"] == 0.0
     assert all(row["mismatch/logprob_abs_mean"] < 1e-4 for row in logged[1:])
 
 
@@ -272,7 +274,7 @@ def test_help_explains_every_flag():
     for flag in (
         "env model engine questions steps prompts-per-step group-size max-new-tokens temperature "
         "lr warmup-steps weight-decay adam-beta2 max-grad-norm updates-per-step epochs "
-        "clip-eps-low clip-eps-high seed eval-every eval-questions checkpoint-every run-dir resume "
+        "clip-eps-low clip-eps-high tis-cap entropy-coef seed eval-every eval-questions checkpoint-every run-dir resume "
         "save-batch tracker device dtype"
     ).split():
         assert f"--{flag} " in shown

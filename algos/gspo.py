@@ -1,0 +1,301 @@
+"""GSPO: group sequence policy optimisation.
+
+J(θ) = E[ 1/G Σᵢ min(sᵢ Aᵢ, clip(sᵢ, 1-ε_low, 1+ε_high) Aᵢ) ],
+Aᵢ = (Rᵢ - mean(R₁, …, R_G)) / std(R₁, …, R_G),   sᵢ = (π_θ(oᵢ | q) / π_old(oᵢ | q))^(1/|oᵢ|)
+
+Zheng et al. 2025, "Group Sequence Policy Optimization", arXiv:2507.18071, equation 5. Against
+Dr. GRPO, advantages are GRPO's, and ratio and clip are those of the whole response: the geometric
+mean of its tokens' ratios, so that the clip range is two orders narrower. At sᵢ = 1 the gradient is
+GRPO's, 1/|o| and 1/std included, and so is its bias.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmrl_env import distributed
+from lmrl_env.batches import token_metrics
+from lmrl_env.env import unwrap
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.evaluation import outcome_metrics
+from lmrl_env.groups import by_group
+from lmrl_env.importance import mismatch_metrics, truncated_importance_weights
+from lmrl_env.options import run_command
+from lmrl_env.policy import Policy, load_model
+from lmrl_env.rollout import rollout
+from lmrl_env.run import Run
+from lmrl_env.types import BatchTotals
+
+
+@dataclass
+class Args:
+    """Settings of a run, beside the paper's for a 7B model where they differ."""
+
+    # --- shared args: begin
+    env: str = "MathR1-v0"
+    """environment id, as MathR1-v0 or my_package:MyEnv-v0"""
+    model: str = "tiny"
+    """tiny, a folder in the Transformers format, or a hub id"""
+    engine: Literal["auto", "local", "vllm"] = "auto"
+    """what samples; auto is vLLM if it and a GPU are there"""
+    questions: str = "arithmetic"
+    """question set to train on: arithmetic, a .jsonl[.gz] file, a folder or a hub id"""
+    eval_set: str | None = None
+    """question set to evaluate on; by default the held-out part of --questions"""
+    steps: int = 100
+    """rollout batches"""
+    prompts_per_step: int = 16
+    """questions of a rollout batch, over all ranks (paper: 128)"""
+    group_size: int = 8
+    """responses to each question, G"""
+    max_new_tokens: int = 96
+    """token budget of a response, K (paper: 3000)"""
+    temperature: float = 1.0
+    """of sampling, training and evaluation"""
+    lr: float = 2e-4
+    """learning rate of AdamW (paper: 1e-6)"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises linearly; constant afterwards"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    adam_beta2: float = 0.95
+    """of AdamW; beta1 is 0.9"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger norm are scaled down to it"""
+    updates_per_step: int = 1
+    """optimiser steps an epoch: parts that a rollout batch is cut into (paper: 8)"""
+    epochs: int = 1
+    """passes over a rollout batch"""
+    tis_cap: float | None = None
+    """cap of the importance weights from engine to trainer, as 2; by default there are none"""
+    entropy_coef: float = 0.0
+    """of the entropy bonus, the mean over tokens in nats"""
+    micro_batch_tokens: int = 8192
+    """tokens of a forward pass; does not change the gradient"""
+    seed: int = 0
+    """of everything random"""
+    eval_every: int = 10
+    """steps between evaluations; 0 evaluates the start and the end only (paper: 16)"""
+    eval_questions: int = 512
+    """held-out questions of an evaluation, one response each"""
+    checkpoint_every: int = 50
+    """steps between checkpoints; 0 writes the last one only"""
+    run_dir: str | None = None
+    """folder of the run; by default a new one under runs/"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own settings except those given here"""
+    save_batch: str | None = None
+    """file that the first rollout batch is saved to"""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """where metrics go besides metrics.jsonl"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """of the training"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the computation; master weights are float32 (paper: bfloat16)"""
+    # --- shared args: end
+    clip_eps_low: float = 3e-4
+    """the ratio is clipped below at 1 minus this"""
+    clip_eps_high: float = 4e-4
+    """the ratio is clipped above at 1 plus this"""
+
+    # --- shared groups: begin
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigurationError(
+                f"--group-size {self.group_size}: expected at least 2, since a response is "
+                "compared with the others of its group"
+            )
+
+    # --- shared groups: end
+
+
+def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
+    """Return the reward of each response, standardised within its group.
+
+    Aᵢ = (Rᵢ - mean(R₁, …, R_G)) / (std(R₁, …, R_G) + eps)
+    Zheng et al. 2025, arXiv:2507.18071, eq. 6
+
+    Args:
+        rewards: shape (N,), float, over all ranks; the G responses to a question are adjacent.
+        group_size: G, at least 2, a divisor of N.
+        eps: keeps a group of equal rewards, whose deviations may be rounding errors, near 0.
+
+    Returns:
+        Advantages, shape (N,), without unit. The std is the sample's, with Bessel's correction.
+
+    Raises:
+        ConfigurationError: for rewards that do not form groups.
+
+    >>> compute_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4, eps=0.0)
+    tensor([ 1.5000, -0.5000, -0.5000, -0.5000])
+    """
+    groups = by_group(rewards, group_size)  # (N / G, G)
+    deviations = groups - groups.mean(dim=1, keepdim=True)
+    return (deviations / (groups.std(dim=1, keepdim=True) + eps)).reshape(-1)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    totals: BatchTotals,
+    *,
+    clip_eps_low: float = 3e-4,
+    clip_eps_high: float = 4e-4,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's share of the loss; the shares of an optimiser step sum to it.
+
+    -1/N Σᵢ min(sᵢ Aᵢ, clip(sᵢ, 1-ε_low, 1+ε_high) Aᵢ)
+    Zheng et al. 2025, arXiv:2507.18071, eq. 5
+
+    For advantages per token it is the token form (eq. 13 and 14), the mean over the response of
+    min(sᵢₜ Aᵢₜ, clip(sᵢₜ, 1-ε_low, 1+ε_high) Aᵢₜ) with sᵢₜ = sg[sᵢ] · π_θ(oᵢₜ) / sg[π_θ(oᵢₜ)],
+    which for equal advantages is the same.
+
+    Args:
+        logprobs: shape (n, k), of the policy, with gradient; nats.
+        old_logprobs: shape (n, k), of the policy that the batch was sampled with.
+        advantages: shape (n,) or (n, k).
+        mask: shape (n, k), bool, True where a token was an action.
+        totals: counts over the whole optimiser step.
+        clip_eps_low: in [0, 1].
+        clip_eps_high: at least 0.
+
+    Returns:
+        The loss, a scalar, and metrics, scalars without gradient that are shares too.
+    """
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (n, 1)
+    log_ratio = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True) / lengths
+    ratio = log_ratio.exp()  # (n, 1), of the sequence
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (n, 1)
+    else:
+        ratio = ratio.detach() * (logprobs - logprobs.detach()).exp()  # (n, k)
+    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -(objective * mask / lengths).sum() / totals.responses
+    with torch.no_grad():
+        is_clipped = (objective < ratio * advantages) & mask
+        metrics = {
+            "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
+            "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
+        }
+    return loss, metrics
+
+
+def main(args: Args) -> None:
+    """Train."""
+    # --- shared setup: begin
+    run = Run(args, __file__)
+    accelerator, plan = run.accelerator, run.plan
+    envs, eval_envs = run.make_envs()
+    env = unwrap(envs)
+    model = load_model(run.model, device=accelerator.device)
+    policy = Policy(model, env.tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+    run.restore(optimizer)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    engine = run.start(envs, eval_envs, policy)
+    # --- shared setup: end
+
+    for step in run.steps():
+        # --- shared rollout: begin
+        batch = rollout(
+            envs,
+            engine,
+            question_ids=plan.question_ids(step, len(env.prompts)),
+            seeds=plan.seeds(step),
+            temperature=args.temperature,
+        )
+        row = outcome_metrics(accelerator, batch, args.group_size)
+        train_started = time.perf_counter()
+        # --- shared rollout: end
+        rewards = distributed.all_gather(accelerator, batch.rewards)
+        advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
+
+        # --- shared update: begin
+        on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
+        if on_policy:
+            old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
+        else:
+            old_logprobs = plan.logprobs(policy, batch, args.temperature)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        shares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        grad_norms = []
+        for rows in plan.minibatches(step):
+            totals = plan.totals(batch, rows)
+            for micro in plan.micro_batches(batch, rows):
+                with distributed.micro_step(accelerator, policy, micro.last):
+                    logprobs, entropy = policy(
+                        micro.tokens, temperature=args.temperature, with_entropy=True
+                    )
+                    if on_policy:
+                        old_logprobs[micro.rows, : micro.width] = logprobs.detach()
+                    old = micro.part(old_logprobs)
+                    weighted = micro.part(advantages)  # (n,) or (n, k)
+                    if args.tis_cap is not None:
+                        weights = truncated_importance_weights(
+                            old, micro.sampling_logprobs, args.tis_cap
+                        )
+                        weighted = weights * weighted.reshape(len(weights), -1)  # (n, k)
+                    # --- shared update: end
+                    loss, metrics = policy_loss(
+                        logprobs,
+                        old,
+                        weighted,
+                        micro.mask,
+                        totals,
+                        clip_eps_low=args.clip_eps_low,
+                        clip_eps_high=args.clip_eps_high,
+                    )
+                    # --- shared step: begin
+                    metrics |= token_metrics(micro, logprobs, old, entropy, totals)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * metrics["policy/entropy"]
+                    distributed.backward(accelerator, loss)
+                for name, share in metrics.items():
+                    shares[name] = shares[name].to(share.device) + share.detach()
+            grad_norms.append(
+                accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        # --- shared step: end
+
+        # --- shared log: begin
+        row |= distributed.mean_shares(accelerator, shares, len(grad_norms))
+        row |= {"policy/grad_norm": sum(grad_norms) / len(grad_norms)}
+        row |= mismatch_metrics(accelerator, batch, old_logprobs)
+        row |= run.sync(policy, engine, batch, time.perf_counter() - train_started)
+        if run.is_due(args.eval_every):
+            row |= run.evaluate(eval_envs, engine)
+        run.log(row, batch, envs)
+        if run.is_stopping() or run.is_due(args.checkpoint_every):
+            run.save(policy, optimizer)
+        # --- shared log: end
+
+    # --- shared end: begin
+    run.summarize()
+    envs.close()
+    eval_envs.close()
+    engine.close()
+    del policy, optimizer
+    distributed.shutdown(accelerator)
+    # --- shared end: end
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

@@ -1,0 +1,378 @@
+"""PPO: proximal policy optimisation with a learned critic and generalised advantages.
+
+J(θ) = E[ Σₜ min(ρₜ Aₜ, clip(ρₜ, 1-ε, 1+ε) Aₜ) ],
+Aₜ = Σₗ (γλ)ˡ δₜ₊ₗ,   δₜ = rₜ + γ V(sₜ₊₁) - V(sₜ),   ρₜ = π_θ(oₜ | q, o_<ₜ) / π_old(oₜ | q, o_<ₜ)
+
+Schulman et al. 2017, arXiv:1707.06347, and 2016, arXiv:1506.02438; the sum over tokens as in Liu et
+al. 2025, arXiv:2503.20783, equation 2, here divided by the constant N·K. Against Dr. GRPO, the
+baseline is a critic's value of each state, and responses need no group. The critic starts from the
+policy's weights, with a head of its own that starts at 0. With λ = 1 (and γ = 1) the expected
+gradient on-policy is along ∇J whatever the critic says; with λ < 1 only if the critic is exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmrl_env import distributed
+from lmrl_env.batches import token_metrics
+from lmrl_env.critic import Critic, explained_variance
+from lmrl_env.env import unwrap
+from lmrl_env.evaluation import outcome_metrics
+from lmrl_env.importance import mismatch_metrics, truncated_importance_weights
+from lmrl_env.options import run_command
+from lmrl_env.policy import Policy, load_model
+from lmrl_env.rollout import rollout
+from lmrl_env.run import Run
+from lmrl_env.types import BatchTotals
+
+
+@dataclass
+class Args:
+    """Settings of a run, beside the paper's for a 7B model where they differ."""
+
+    # --- shared args: begin
+    env: str = "MathR1-v0"
+    """environment id, as MathR1-v0 or my_package:MyEnv-v0"""
+    model: str = "tiny"
+    """tiny, a folder in the Transformers format, or a hub id"""
+    engine: Literal["auto", "local", "vllm"] = "auto"
+    """what samples; auto is vLLM if it and a GPU are there"""
+    questions: str = "arithmetic"
+    """question set to train on: arithmetic, a .jsonl[.gz] file, a folder or a hub id"""
+    eval_set: str | None = None
+    """question set to evaluate on; by default the held-out part of --questions"""
+    steps: int = 100
+    """rollout batches"""
+    prompts_per_step: int = 16
+    """questions of a rollout batch, over all ranks (paper: 128)"""
+    group_size: int = 8
+    """responses to each question, G"""
+    max_new_tokens: int = 96
+    """token budget of a response, K (paper: 3000)"""
+    temperature: float = 1.0
+    """of sampling, training and evaluation"""
+    lr: float = 2e-4
+    """learning rate of AdamW (paper: 1e-6)"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises linearly; constant afterwards"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    adam_beta2: float = 0.95
+    """of AdamW; beta1 is 0.9"""
+    max_grad_norm: float = 1.0
+    """gradients of a larger norm are scaled down to it"""
+    updates_per_step: int = 1
+    """optimiser steps an epoch: parts that a rollout batch is cut into (paper: 8)"""
+    epochs: int = 1
+    """passes over a rollout batch"""
+    tis_cap: float | None = None
+    """cap of the importance weights from engine to trainer, as 2; by default there are none"""
+    entropy_coef: float = 0.0
+    """of the entropy bonus, the mean over tokens in nats"""
+    micro_batch_tokens: int = 8192
+    """tokens of a forward pass; does not change the gradient"""
+    seed: int = 0
+    """of everything random"""
+    eval_every: int = 10
+    """steps between evaluations; 0 evaluates the start and the end only (paper: 16)"""
+    eval_questions: int = 512
+    """held-out questions of an evaluation, one response each"""
+    checkpoint_every: int = 50
+    """steps between checkpoints; 0 writes the last one only"""
+    run_dir: str | None = None
+    """folder of the run; by default a new one under runs/"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own settings except those given here"""
+    save_batch: str | None = None
+    """file that the first rollout batch is saved to"""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """where metrics go besides metrics.jsonl"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """of the training"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the computation; master weights are float32 (paper: bfloat16)"""
+    # --- shared args: end
+    clip_eps_low: float = 0.2
+    """the ratio is clipped below at 1 minus this"""
+    clip_eps_high: float = 0.2
+    """the ratio is clipped above at 1 plus this"""
+    gamma: float = 1.0
+    """discount of a token"""
+    gae_lambda: float = 1.0
+    """λ of the advantage estimates; below 1 the critic's errors bias the gradient"""
+    critic_lr: float = 1e-3
+    """learning rate of the critic's AdamW"""
+    value_clip: float = 0.2
+    """values move at most this far from those before a batch's updates, in units of reward"""
+
+
+def compute_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return generalised advantage estimates over the actions of each response, and their returns.
+
+    Aₜ = Σₗ (γλ)ˡ δₜ₊ₗ,   δₜ = rₜ + γ V(sₜ₊₁) - V(sₜ)
+    Schulman et al. 2016, arXiv:1506.02438, eq. 16
+
+    The value behind the last action is 0, at the end of the budget too: that is the horizon of
+    the MDP, which the state shows, and it pays what the verifier says.
+
+    Args:
+        rewards: shape (N, K), float, 0 where the mask is False.
+        values: shape (N, K), of the states that the tokens were acted in.
+        mask: shape (N, K), bool, True where a token was an action; others are passed over.
+        gamma: γ, in [0, 1]; discounts a token.
+        gae_lambda: λ, in [0, 1]; at 1 no critic biases the gradient, below 1 an exact one only.
+
+    Returns:
+        Advantages and returns, Aₜ + V(sₜ), shape (N, K), 0 where the mask is False.
+
+    >>> rewards, mask = torch.tensor([[0.0, 1.0]]), torch.tensor([[True, True]])
+    >>> compute_advantages(rewards, torch.tensor([[0.2, 0.6]]), mask, gae_lambda=0.5)
+    (tensor([[0.6000, 0.4000]]), tensor([[0.8000, 1.0000]]))
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        is_action = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(is_action, advantage, 0.0)
+        next_value = torch.where(is_action, values[:, t], next_value)
+        next_advantage = torch.where(is_action, advantage, next_advantage)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    totals: BatchTotals,
+    *,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's share of the loss; the shares of an optimiser step sum to it.
+
+    -1/(N·K) Σᵢ Σₜ min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1-ε_low, 1+ε_high) Aᵢₜ)
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7; Liu et al. 2025, arXiv:2503.20783, eq. 2
+
+    Args:
+        logprobs: shape (n, k), of the policy, with gradient; nats.
+        old_logprobs: shape (n, k), of the policy that the batch was sampled with.
+        advantages: shape (n,) or (n, k).
+        mask: shape (n, k), bool, True where a token was an action.
+        totals: counts over the whole optimiser step.
+        clip_eps_low: in [0, 1].
+        clip_eps_high: at least 0.
+
+    Returns:
+        The loss, a scalar, and metrics, scalars without gradient that are shares too.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (n, 1)
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)  # (n, k)
+    loss = -(objective * mask).sum() / (totals.responses * totals.max_new_tokens)
+    with torch.no_grad():
+        is_clipped = (objective < ratio * advantages) & mask
+        metrics = {
+            "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
+            "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    totals: BatchTotals,
+    *,
+    value_clip: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's share of the critic's loss, a mean over tokens.
+
+    1/T Σᵢₜ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
+
+    Args:
+        values: shape (n, k), of the critic, with gradient.
+        old_values: shape (n, k), of the critic before this batch's updates.
+        returns: shape (n, k), what the values should be.
+        mask: shape (n, k), bool, True where a token was an action.
+        totals: counts over the whole optimiser step; T is its tokens.
+        value_clip: ε, above 0, in units of reward.
+
+    Returns:
+        The loss, a scalar, and metrics, scalars without gradient that are shares too.
+    """
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    errors = torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+    loss = (errors * mask).sum() / totals.tokens
+    is_clipped = ((values - old_values).abs() > value_clip) & mask
+    return loss, {
+        "critic/loss": loss.detach(),
+        "critic/clip_fraction": is_clipped.sum() / totals.tokens,
+    }
+
+
+def main(args: Args) -> None:
+    """Train."""
+    # --- shared setup: begin
+    run = Run(args, __file__)
+    accelerator, plan = run.accelerator, run.plan
+    envs, eval_envs = run.make_envs()
+    env = unwrap(envs)
+    model = load_model(run.model, device=accelerator.device)
+    policy = Policy(model, env.tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=args.lr,
+        betas=(0.9, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+    run.restore(optimizer)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    engine = run.start(envs, eval_envs, policy)
+    # --- shared setup: end
+    critic = Critic(load_model(run.model, device=accelerator.device))
+    critic_optimizer = torch.optim.AdamW(
+        [parameter for parameter in critic.parameters() if parameter.requires_grad],
+        lr=args.critic_lr,
+        betas=(0.9, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+    run.add("critic", critic, critic_optimizer)
+    critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+
+    for step in run.steps():
+        # --- shared rollout: begin
+        batch = rollout(
+            envs,
+            engine,
+            question_ids=plan.question_ids(step, len(env.prompts)),
+            seeds=plan.seeds(step),
+            temperature=args.temperature,
+        )
+        row = outcome_metrics(accelerator, batch, args.group_size)
+        train_started = time.perf_counter()
+        # --- shared rollout: end
+        rewards = torch.as_tensor(batch.token_rewards, device=accelerator.device).float()
+        mask = torch.as_tensor(batch.mask, device=accelerator.device)
+        old_values = plan.score(batch, critic)
+        advantages, returns = compute_advantages(
+            rewards, old_values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+        )
+        row["critic/explained_variance"] = explained_variance(
+            accelerator, old_values, returns, mask
+        )
+
+        # --- shared update: begin
+        on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
+        if on_policy:
+            old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
+        else:
+            old_logprobs = plan.logprobs(policy, batch, args.temperature)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+        shares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        grad_norms = []
+        for rows in plan.minibatches(step):
+            totals = plan.totals(batch, rows)
+            for micro in plan.micro_batches(batch, rows):
+                with distributed.micro_step(accelerator, policy, micro.last):
+                    logprobs, entropy = policy(
+                        micro.tokens, temperature=args.temperature, with_entropy=True
+                    )
+                    if on_policy:
+                        old_logprobs[micro.rows, : micro.width] = logprobs.detach()
+                    old = micro.part(old_logprobs)
+                    weighted = micro.part(advantages)  # (n,) or (n, k)
+                    if args.tis_cap is not None:
+                        weights = truncated_importance_weights(
+                            old, micro.sampling_logprobs, args.tis_cap
+                        )
+                        weighted = weights * weighted.reshape(len(weights), -1)  # (n, k)
+                    # --- shared update: end
+                    loss, metrics = policy_loss(
+                        logprobs,
+                        old,
+                        weighted,
+                        micro.mask,
+                        totals,
+                        clip_eps_low=args.clip_eps_low,
+                        clip_eps_high=args.clip_eps_high,
+                    )
+                    # --- shared step: begin
+                    metrics |= token_metrics(micro, logprobs, old, entropy, totals)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * metrics["policy/entropy"]
+                    distributed.backward(accelerator, loss)
+                for name, share in metrics.items():
+                    shares[name] = shares[name].to(share.device) + share.detach()
+            grad_norms.append(
+                accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        # --- shared step: end
+
+        for rows in plan.minibatches(step):
+            totals = plan.totals(batch, rows)
+            for micro in plan.micro_batches(batch, rows):
+                with distributed.micro_step(accelerator, critic, micro.last):
+                    loss, metrics = value_loss(
+                        critic(micro.tokens),
+                        micro.part(old_values),
+                        micro.part(returns),
+                        micro.mask,
+                        totals,
+                        value_clip=args.value_clip,
+                    )
+                    distributed.backward(accelerator, loss)
+                for name, share in metrics.items():
+                    shares[name] = shares[name].to(share.device) + share
+            accelerator.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+
+        # --- shared log: begin
+        row |= distributed.mean_shares(accelerator, shares, len(grad_norms))
+        row |= {"policy/grad_norm": sum(grad_norms) / len(grad_norms)}
+        row |= mismatch_metrics(accelerator, batch, old_logprobs)
+        row |= run.sync(policy, engine, batch, time.perf_counter() - train_started)
+        if run.is_due(args.eval_every):
+            row |= run.evaluate(eval_envs, engine)
+        run.log(row, batch, envs)
+        if run.is_stopping() or run.is_due(args.checkpoint_every):
+            run.save(policy, optimizer)
+        # --- shared log: end
+
+    del critic, critic_optimizer
+    # --- shared end: begin
+    run.summarize()
+    envs.close()
+    eval_envs.close()
+    engine.close()
+    del policy, optimizer
+    distributed.shutdown(accelerator)
+    # --- shared end: end
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

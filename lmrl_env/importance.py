@@ -1,0 +1,71 @@
+"""The gap between the policy that samples, in the engine, and the policy that is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmrl_env.distributed import all_gather
+from lmrl_env.kl import k3
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from lmrl_env.rollout import Rollout
+
+
+def truncated_importance_weights(
+    old_logprobs: Tensor, sampling_logprobs: Tensor, cap: float
+) -> Tensor:
+    """Return weights that turn the engine's samples into the trainer's, up to the cap.
+
+    wᵢₜ = min(π_old(oᵢₜ) / π_engine(oᵢₜ), C)
+
+    Truncated importance sampling (Ionides 2008), per token as in Yao et al. 2025, "Your Efficient
+    RL Framework Secretly Brings You Off-Policy RL Training". Multiplied with the advantages it
+    corrects a token's own probability; that of its prefix it does not.
+
+    Args:
+        old_logprobs: shape (n, K), of the trainer at the rollout's weights; nats.
+        sampling_logprobs: shape (n, K), of the engine; nats.
+        cap: C, above 0.
+
+    Returns:
+        Shape (n, K), without gradient.
+
+    >>> truncated_importance_weights(torch.tensor([[0.0, -1.0]]), torch.tensor([[-1.0, 0.0]]), 2.0)
+    tensor([[2.0000, 0.3679]])
+    """
+    return (old_logprobs - sampling_logprobs).detach().exp().clamp(max=cap)
+
+
+@torch.no_grad()
+def mismatch_metrics(
+    accelerator: Accelerator, batch: Rollout, old_logprobs: Tensor
+) -> dict[str, float | None]:
+    """Return how far the engine's log-probs are from the trainer's at the same weights.
+
+    Over all action tokens of all ranks, with x = log π_engine - log π_old and w = exp(-x):
+    ``logprob_abs_mean`` and ``logprob_abs_p99`` are the mean and the 99th percentile of |x| in
+    nats, ``k3`` estimates the divergence of engine from trainer in nats per token, and
+    ``effective_sample_size`` is (Σw)² / (T·Σw²), the share of the T tokens that weighting by w
+    would leave, at most 1.
+
+    Args:
+        accelerator: of this rank.
+        batch: of this rank.
+        old_logprobs: shape (N, K), of the trainer at the rollout's weights; nats.
+    """
+    sampling = torch.as_tensor(batch.sampling_logprobs, device=old_logprobs.device)
+    mask = all_gather(accelerator, batch.mask).bool()
+    gap = all_gather(accelerator, sampling - old_logprobs)[mask].double()
+    names = ("logprob_abs_mean", "logprob_abs_p99", "k3", "effective_sample_size")
+    if not len(gap):  # every response was filtered out
+        return {f"mismatch/{name}": None for name in names}
+    size, weights = gap.abs(), (-gap).exp()
+    p99 = size.kthvalue(max(1, round(0.99 * len(size)))).values
+    share = weights.sum().square() / (len(gap) * weights.square().sum())
+    values = (size.mean(), p99, k3(gap).mean(), share)
+    return {f"mismatch/{n}": v.item() for n, v in zip(names, values, strict=True)}
