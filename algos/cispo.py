@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from lmrl_env import distributed
-from lmrl_env.batches import token_metrics
+from lmrl_env.batches import clip_fractions, token_metrics
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
-from lmrl_env.importance import mismatch_metrics, truncated_importance_weights
+from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.options import run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
@@ -172,13 +172,8 @@ def policy_loss(
     ratio = (logprobs - old_logprobs).exp()
     weights = ratio.detach().clamp(1 - clip_eps_low, 1 + clip_eps_high)
     loss = -(weights * advantages * logprobs * mask).sum() / totals.tokens
-    with torch.no_grad():
-        is_clipped = (weights != ratio) & mask
-        metrics = {
-            "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
-            "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
-        }
-    return loss, metrics
+    is_clipped = (weights != ratio) & mask
+    return loss, clip_fractions(ratio, is_clipped, totals)
 
 
 def main(args: Args) -> None:
@@ -238,10 +233,7 @@ def main(args: Args) -> None:
                     old = micro.part(old_logprobs)
                     weighted = micro.part(advantages)  # (n,) or (n, k)
                     if args.tis_cap is not None:
-                        weights = truncated_importance_weights(
-                            old, micro.sampling_logprobs, args.tis_cap
-                        )
-                        weighted = weights * weighted.reshape(len(weights), -1)  # (n, k)
+                        weighted = reweight(weighted, old, micro.sampling_logprobs, args.tis_cap)
                     # --- shared update: end
                     loss, metrics = policy_loss(
                         logprobs,

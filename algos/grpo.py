@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lmrl_env import distributed
-from lmrl_env.batches import token_metrics
+from lmrl_env.batches import clip_fractions, token_metrics
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
-from lmrl_env.importance import mismatch_metrics, truncated_importance_weights
+from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.kl import k3
 from lmrl_env.options import run_command
 from lmrl_env.policy import Policy, load_model
@@ -185,15 +185,11 @@ def policy_loss(
     if ref_logprobs is not None:
         objective = objective - kl_coef * k3(logprobs - ref_logprobs)
     loss = -(objective * mask / lengths).sum() / totals.responses
-    with torch.no_grad():
-        is_clipped = (clipped * advantages < ratio * advantages) & mask
-        metrics = {
-            "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
-            "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
-        }
-        if ref_logprobs is not None:
-            divergence = k3(logprobs - ref_logprobs)
-            metrics["policy/ref_kl"] = (divergence * mask).sum() / totals.tokens
+    is_clipped = (clipped * advantages < ratio * advantages) & mask
+    metrics = clip_fractions(ratio, is_clipped, totals)
+    if ref_logprobs is not None:
+        divergence = k3(logprobs.detach() - ref_logprobs)
+        metrics["policy/ref_kl"] = (divergence * mask).sum() / totals.tokens
     return loss, metrics
 
 
@@ -216,12 +212,7 @@ def main(args: Args) -> None:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     engine = run.start(envs, eval_envs, policy)
     # --- shared setup: end
-    reference = None
-    if args.kl_coef:
-        frozen = load_model(args.model, device=accelerator.device)
-        reference = accelerator.prepare_model(
-            Policy(frozen, env.tokenizer.vocab_size), evaluation_mode=True
-        )
+    reference = run.load_reference(env.tokenizer.vocab_size) if args.kl_coef else None
 
     for step in run.steps():
         # --- shared rollout: begin
@@ -263,10 +254,7 @@ def main(args: Args) -> None:
                     old = micro.part(old_logprobs)
                     weighted = micro.part(advantages)  # (n,) or (n, k)
                     if args.tis_cap is not None:
-                        weights = truncated_importance_weights(
-                            old, micro.sampling_logprobs, args.tis_cap
-                        )
-                        weighted = weights * weighted.reshape(len(weights), -1)  # (n, k)
+                        weighted = reweight(weighted, old, micro.sampling_logprobs, args.tis_cap)
                     # --- shared update: end
                     loss, metrics = policy_loss(
                         logprobs,

@@ -130,3 +130,18 @@ def token_metrics(
         "policy/entropy": (entropy * micro.mask).sum() / totals.tokens,
         "policy/approx_kl": (divergence * micro.mask).sum() / totals.tokens,
     }
+
+
+@torch.no_grad()
+def clip_fractions(ratio: Tensor, is_clipped: Tensor, totals: BatchTotals) -> dict[str, Tensor]:
+    """Return a micro-batch's shares of the fractions of tokens whose ratio was clipped.
+
+    Args:
+        ratio: shape (n, k), or (n, 1) for one a response.
+        is_clipped: shape (n, k), bool, at action tokens only.
+        totals: counts over the whole optimiser step.
+    """
+    return {
+        "policy/clip_fraction_low": (is_clipped & (ratio < 1)).sum() / totals.tokens,
+        "policy/clip_fraction_high": (is_clipped & (ratio > 1)).sum() / totals.tokens,
+    }

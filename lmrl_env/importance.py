@@ -41,6 +41,21 @@ def truncated_importance_weights(
     return (old_logprobs - sampling_logprobs).detach().exp().clamp(max=cap)
 
 
+def reweight(
+    advantages: Tensor, old_logprobs: Tensor, sampling_logprobs: Tensor, cap: float
+) -> Tensor:
+    """Return advantages times their tokens' truncated importance weights, shape (n, K).
+
+    Args:
+        advantages: shape (n,) or (n, K).
+        old_logprobs: shape (n, K), of the trainer at the rollout's weights; nats.
+        sampling_logprobs: shape (n, K), of the engine; nats.
+        cap: of the weights, above 0.
+    """
+    weights = truncated_importance_weights(old_logprobs, sampling_logprobs, cap)
+    return weights * advantages.reshape(len(weights), -1)
+
+
 @torch.no_grad()
 def mismatch_metrics(
     accelerator: Accelerator, batch: Rollout, old_logprobs: Tensor

@@ -39,6 +39,7 @@ from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import evaluate
 from lmrl_env.plotting import plot_curves
+from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
 from lmrl_env.prompts import PromptTable
 from lmrl_env.registration import make_engine, resolve_engine
@@ -283,6 +284,16 @@ class Run:
         self._others[name] = module, optimizer
         if self.checkpoint is not None:
             load_other(self.checkpoint, name, module, optimizer)
+
+    def load_reference(self, vocab_size: int) -> nn.Module:
+        """Return the policy that the run started from, frozen, on this rank's device.
+
+        Args:
+            vocab_size: V, ids that the tokenizer can emit.
+        """
+        model = load_model(self.args.model, device=self.accelerator.device)
+        policy = Policy(model, vocab_size).requires_grad_(False)
+        return self.accelerator.prepare_model(policy, evaluation_mode=True)
 
     # --- the clock
 
