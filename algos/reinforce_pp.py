@@ -238,7 +238,8 @@ def main(args: Args) -> None:
             mask = torch.as_tensor(batch.mask, device=accelerator.device)
             own_rewards = penalize(own_rewards, old_scores, ref_scores, mask, args.kl_coef)
         rewards = distributed.all_gather(accelerator, own_rewards)
-        row["reward/after_kl"] = rewards.sum(1).mean().item()
+        if reference is not None:
+            row["reward/after_kl"] = rewards.sum(1).mean().item()
         advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
 
         # --- shared update: begin
