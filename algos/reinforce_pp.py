@@ -140,7 +140,8 @@ def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -
     Args:
         rewards: shape (N,) or (N, K), float, over all ranks.
         group_size: G; the statistics do not depend on it.
-        eps: keeps a batch of equal rewards, whose deviations may be rounding errors, near 0.
+        eps: keeps a batch of equal rewards, whose deviations may be rounding errors, near 0. Where
+            returns are equal and rewards per token are not, their differences are divided by it.
 
     Returns:
         Advantages of the shape of the rewards, without unit. The std is the sample's, with
