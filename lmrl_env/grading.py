@@ -7,18 +7,17 @@ grading works from an unguarded script, a notebook, a thread, and under any star
 from __future__ import annotations
 
 import os
-import re
-import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.grading_process import WorkerProcess, encode_line, wait
 from lmrl_env.types import Question
-from lmrl_env.verifiers import Verdict, Verifier, verdict_at_once
+from lmrl_env.verifiers import Status, Verdict, Verifier, verdict_at_once
+from lmrl_env.verifiers.paths import verifier_path
 
 _LONGEST_CHUNK = 32
 _LARGEST_CHUNK = 1 << 16
@@ -42,11 +41,15 @@ class Grader:
     ['correct', 'unparseable']
 
     Args:
-        verifier: a function at the top level of an importable module, or its path
-            ``"module:function"``.
+        verifier: a function at the top level of an importable module, a ``functools.partial`` of
+            one, or its path, such as ``"my_module:mine"`` or ``"numeric(tolerance=0.01)"``; see
+            ``verifiers.paths.verifier_path``.
         workers: number of processes; they start with the first batch, or with ``start``.
         timeout: seconds of processor time for one item.
         memory_limit: bytes of address space of one worker, where the system can limit it.
+
+    Attributes:
+        counts: how many verdicts of each status it has given.
 
     Raises:
         ConfigurationError: if the verifier cannot be imported by name, or a number is not
@@ -70,6 +73,7 @@ class Grader:
         self.workers = workers
         self.timeout = timeout
         self.memory_limit = memory_limit
+        self.counts: Counter[Status] = Counter()
         self.closed = False
         self._adopt()
 
@@ -131,6 +135,7 @@ class Grader:
             except BaseException:  # answers under way would be taken for the next batch's
                 _stop_all(self._pool, self._pid)
                 raise
+            self.counts.update(verdict.status for verdict in verdicts.values())
         return [verdicts[i] for i in range(len(verdicts))]
 
     def close(self) -> None:
@@ -197,35 +202,6 @@ def _stop_all(pool: list[WorkerProcess], pid: int) -> None:
     if os.getpid() == pid:
         while pool:
             pool.pop().stop()
-
-
-def verifier_path(verifier: Verifier | str) -> str:
-    """Return the path ``"module:function"`` that a worker imports a verifier by.
-
-    Raises:
-        ConfigurationError: if there is no such path.
-    """
-    if isinstance(verifier, str):
-        path = verifier
-    else:
-        path = f"{verifier.__module__}:{getattr(verifier, '__qualname__', type(verifier).__name__)}"
-    module, _, name = path.partition(":")
-    if module == "__main__":
-        raise ConfigurationError(
-            f"the verifier {path} is defined in the program or notebook that is running, which a "
-            "worker process must not run again: move it to a module of its own and import it"
-        )
-    if not re.fullmatch(r"[\w.]+:\w+", path):
-        raise ConfigurationError(
-            f"the verifier {path!r} cannot be imported by name: expected a function at the top "
-            "level of a module, or its path 'module:function'"
-        )
-    if callable(verifier) and getattr(sys.modules.get(module), name, None) is not verifier:
-        raise ConfigurationError(
-            f"the verifier {path} is not what its module holds under that name: expected a "
-            "function at the top level of a module"
-        )
-    return path
 
 
 _shared: dict[tuple[str, int, float], Grader] = {}

@@ -25,6 +25,8 @@ WALL_FACTOR = 10
 """Seconds of wall clock that an item may take for each second of processor time."""
 
 _START_SECONDS = 300.0
+_SECONDS_PER_BYTE = 1e-6
+"""What the largest items take longer to reach a busy worker."""
 
 
 class WorkerProcess:
@@ -50,6 +52,7 @@ class WorkerProcess:
         self.ready = False
         self.ended = False
         self._start_error = "it said nothing"
+        self._transfer_seconds = 0.0
         setup = {"verifier": verifier, "timeout": timeout, "memory_limit": memory_limit}
         self._outgoing = bytearray(encode_line(setup))
         self._incoming = bytearray()
@@ -83,12 +86,13 @@ class WorkerProcess:
         """Give it items to work at, by index."""
         self.items.extend(chunk)
         self._outgoing += b"".join(chunk.values())
+        self._transfer_seconds = _SECONDS_PER_BYTE * sum(map(len, chunk.values()))
         self._set_deadline()
         self.write()
 
     def _set_deadline(self) -> None:
-        seconds = WALL_FACTOR * self._timeout if self.items else math.inf
-        self.deadline = time.monotonic() + seconds
+        seconds = WALL_FACTOR * self._timeout + self._transfer_seconds
+        self.deadline = time.monotonic() + seconds if self.items else math.inf
 
     def register(self, selector: selectors.BaseSelector) -> None:
         """Wait for what it says, and for room in its pipe if there is more to tell it."""

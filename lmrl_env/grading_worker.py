@@ -6,7 +6,6 @@ the first it writes an error, or null when it is ready.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any, get_args
 from lmrl_env.grading_process import OUT_OF_MEMORY
 from lmrl_env.types import Question
 from lmrl_env.verifiers import Status, Verdict, Verifier
+from lmrl_env.verifiers.paths import load_verifier
 
 
 def main() -> None:
@@ -79,9 +79,8 @@ def limit_memory(limit: int) -> None:
 
 def load(path: str) -> Verifier:
     """Import a verifier, and let its module load what it needs if it has a ``warm_up``."""
-    module_name, _, name = path.partition(":")
-    module = importlib.import_module(module_name)
-    verifier = getattr(module, name)
+    verifier = load_verifier(path)
+    module = sys.modules[getattr(verifier, "func", verifier).__module__]
     if hasattr(module, "warm_up"):
         module.warm_up()
     return verifier

@@ -13,81 +13,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from lmrl_env.quantities import PERCENT, TEXT, Unit, plain_number, split_unit
+
 _LONGEST_FORMULA = 2000
 """Characters beyond which two answers are equal only if they are the same text."""
 
-_UNIT_NAMES = {
-    alias: names.split()[0]
-    for names in (
-        "mm millimeter millimetre",
-        "cm centimeter centimetre",
-        "m meter metre",
-        "km kilometer kilometre",
-        "inch inche in",
-        "foot feet ft",
-        "yard yd",
-        "mile mi",
-        "gram g",
-        "kg kilogram",
-        "pound lb",
-        "ounce oz",
-        "second sec",
-        "minute min",
-        "hour hr",
-        "liter litre",
-        "cent ¢",
-        "dollar usd $",
-        "percent %",
-        "degree deg circ °",
-        "am",
-        "pm",
-        "2 square sq",
-        "3 cubic cu",
-    )
-    for alias in names.split()
-}
-_NOT_UNITS = frozenset(
-    re.findall(
-        r"\w+",
-        "and or to of not is plus minus times over by mod pi point half halve quarter third choose "
-        "dozen hundred thousand million billion trillion factorial squared cubed root for if where "
-        "sin cos tan log exp sqrt max gcd lcm infinity",
-    )
-)
-
-_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_PLAIN_NUMBER = re.compile(
-    rf"""(?P<sign>[+-]?)\s*(?:
-        (?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}}))?
-      | (?:(?P<whole>[0-9]+)\s+)?(?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})
-      | (?P<frac_whole>[0-9]*)\s*\\frac\s*(?:
-            \{{\s*(?P<frac_top>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<frac_bottom>{_DECIMAL})\s*\}}
-          | (?P<digit_top>[0-9])\s*(?P<digit_bottom>[0-9])
-        )
-      | (?:(?P<mantissa>{_DECIMAL})\s*(?:\\times|\\cdot|[×·*])\s*)?
-        10\s*\^\s*(?:\{{\s*(?P<power>[+-]?[0-9]{{1,3}})\s*\}}|(?P<digit_power>[0-9]{{1,3}}))
-    )""",
-    re.VERBOSE,
-)
-
-_TEXT = r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf)\s*"
-_POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
-_WORD = (
-    "(?:[A-Za-z]{3,}|"
-    + "|".join(sorted(n for n in _UNIT_NAMES if n.isalpha() and len(n) > 1))
-    + r")\.?"
-)
-_UNIT = re.compile(
-    rf"""(?<=[0-9A-Za-z}})\s])(?:
-        (?:{_TEXT}\{{[^{{}}]*\}}{_POWER}\s*)+
-      | (?<=\s){_WORD}(?:\s+{_WORD})*{_POWER}
-      | (?<=[0-9])(?:cm|mm|km|kg|am|pm|%|¢|°)
-      | \s[ap]\.m
-      | \s*\\% | \s*(?:\^\s*\{{?\s*\\circ\s*\}}?|°|\\degree)\s*[CF]?
-    )$""",
-    re.VERBOSE,
-)
-_NUMERAL_IN_BASE = re.compile(r"(-?[0-9A-Z]+(?:\.[0-9A-Z]+)?)\s*_\s*\{?\s*([0-9]+)\s*\}?")
 _NAMED = re.compile(
     r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?![^=]*[,;=])\s*(.+)"
 )
@@ -113,7 +43,7 @@ def math_equal(prediction: str, gold: str) -> bool:
         prediction: what the response answers, LaTeX or plain text, without its box or tag.
         gold: the right answer.
     """
-    predicted_number, gold_number = _plain_number(prediction), _plain_number(gold)
+    predicted_number, gold_number = plain_number(prediction), plain_number(gold)
     if predicted_number is not None and gold_number is not None:  # nearly always, in arithmetic
         return predicted_number == gold_number
     if max(len(prediction), len(gold)) > _LONGEST_FORMULA:
@@ -127,18 +57,39 @@ def math_equal(prediction: str, gold: str) -> bool:
         return _listed_words(prediction) == _listed_words(gold)
     if ("=" in prediction) != ("=" in gold):
         prediction, gold = _without_name(prediction), _without_name(gold)
-    prediction, predicted_unit = _split_unit(prediction)
-    gold, gold_unit = _split_unit(gold)
+    prediction, predicted_unit = split_unit(prediction, letters=True)
+    gold, gold_unit = split_unit(gold, letters=bool(predicted_unit))
     if predicted_unit and gold_unit and predicted_unit != gold_unit:
         return False
-    predicted_number, gold_number = _plain_number(prediction), _plain_number(gold)
+    predicted_number, gold_number = plain_number(prediction), plain_number(gold)
     if predicted_number is not None and gold_number is not None:
-        if predicted_unit == {"percent"} and not gold_unit:
+        if predicted_unit == PERCENT and not gold_unit:
             return gold_number in (predicted_number, predicted_number / 100)
-        if gold_unit == {"percent"} and not predicted_unit:
+        if gold_unit == PERCENT and not predicted_unit:
             return predicted_number in (gold_number, gold_number / 100)
         return predicted_number == gold_number
     return _same_text(prediction, gold) or _symbolically_equal(prediction, gold)
+
+
+def quantity(text: str) -> tuple[Fraction, Unit] | None:
+    r"""Return the value and the unit of an answer, or None if it has no real value.
+
+    >>> quantity(r"x = 2.5 \text{ cm}") == (Fraction(5, 2), {("cm", 1)})
+    True
+
+    Args:
+        text: an answer, LaTeX or plain text; a formula is evaluated to float precision.
+    """
+    if len(text) > _LONGEST_FORMULA:
+        return None
+    number, unit = split_unit(_without_name(_normalise(text)), letters=True)
+    value = plain_number(number)
+    if value is None:
+        try:
+            value = Fraction(float(_parse(number)))
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            return None
+    return value, unit
 
 
 def _normalise(text: str) -> str:
@@ -149,12 +100,13 @@ def _normalise(text: str) -> str:
     text = re.sub(r"(?<!\\)\\(?:[!()\[\]]|(?:left|right|displaystyle)(?![A-Za-z]))", "", text)
     text = re.sub(r"(?<!\\)\\(?:[,;:\s]|q?quad(?![A-Za-z]))|[~\s]+", " ", text)
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\[lr]angle(?![A-Za-z])", lambda side: "()"[side[0] == r"\rangle"], text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2:  # a price, not mathematics between dollars
         text = re.sub(r"(?<!\\)\$(?=\s*[0-9.])", r"\\$", text, count=1)
     text = re.sub(r"(?<!\\)\$", "", text).strip()
     text = re.sub(r"^\\approx(?![A-Za-z])", "", text).strip().rstrip(".,;: ")
-    if re.fullmatch(rf"(?:[A-Za-z\s.,;()'-]|{_TEXT}\{{[^{{}}]*\}})+", text):
-        text = re.sub(rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1", text).strip()
+    if re.fullmatch(rf"(?:[A-Za-z\s.,;()'-]|{TEXT}\{{[^{{}}]*\}})+", text):
+        text = re.sub(rf"{TEXT}\{{([^{{}}]*)\}}", r"\1", text).strip()
     return text.rstrip(".,;: ")
 
 
@@ -170,49 +122,6 @@ def _without_name(text: str) -> str:
     return named[1] if named else text
 
 
-def _split_unit(text: str) -> tuple[str, frozenset[str]]:
-    """Return an answer without its unit, and the unit's words under their usual names."""
-    numeral = _NUMERAL_IN_BASE.fullmatch(text)
-    if numeral:
-        return numeral[1], frozenset({"base", numeral[2]})
-    if text.startswith(r"\$"):
-        return text[2:].strip(), frozenset({"dollar"})
-    found = _UNIT.search(text)
-    if not found or re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}\s*$", text[: found.start()]):
-        return text, frozenset()  # "3 or four" is not 3 of a unit
-    words = re.sub(rf"{_TEXT}|\.", "", found[0].lower())
-    names = set()
-    for word in re.findall(r"[a-z]+|-?[0-9]|[%¢°]", words):
-        singular = word.removesuffix("s") if len(word) > 2 else word
-        if word in _NOT_UNITS or singular in _NOT_UNITS:
-            return text, frozenset()
-        names.add(_UNIT_NAMES.get(word) or _UNIT_NAMES.get(singular) or singular)
-    return text[: found.start()].strip(), frozenset(names)
-
-
-def _plain_number(text: str) -> Fraction | None:
-    """Return the exact value of a plain number, or None if the text is anything else."""
-    if len(text) > 200:
-        return None
-    match = _PLAIN_NUMBER.fullmatch(text.strip())
-    if not match:
-        return None
-    part = {name: value.replace(",", "") for name, value in match.groupdict("").items()}
-    top = part["top"] or part["frac_top"] or part["digit_top"]
-    bottom = part["bottom"] or part["frac_bottom"] or part["digit_bottom"]
-    if bottom:
-        if Fraction(bottom) == 0:
-            return None
-        value = Fraction(part["whole"] or part["frac_whole"] or 0)
-        value += Fraction(top) / Fraction(bottom)
-    elif part["decimal"]:
-        value = Fraction(part["decimal"]) * Fraction(10) ** int(part["exponent"] or 0)
-    else:
-        power = int(part["power"] or part["digit_power"])
-        value = Fraction(part["mantissa"] or 1) * Fraction(10) ** power
-    return -value if part["sign"] == "-" else value
-
-
 def _listed_words(text: str) -> Counter[str]:
     """Return the items of an answer in words, such as ``east`` or ``A, C and D``."""
     items = (item.strip(" ().") for item in re.split(r"[,;]|\band\b|\bor\b", text))
@@ -226,6 +135,7 @@ def _symbolically_equal(prediction: str, gold: str) -> bool:
         return False
     from math_verify import verify
 
+    predicted_value, gold_value = _with_imaginary_unit([predicted_value, gold_value])
     return (
         verify(gold_value, predicted_value, allow_set_relation_comp=True, timeout_seconds=None)
         and _no_false_equation(predicted_value)
@@ -252,6 +162,17 @@ def _parse(latex: str) -> Any:
         f"\\boxed{{{latex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None
     )
     return values[0] if values else None
+
+
+def _with_imaginary_unit(values: list[Any]) -> list[Any]:
+    """Return the values with the letter i as the imaginary unit, if an exponential holds it."""
+    from sympy import Basic, I, exp
+
+    if not all(isinstance(value, Basic) for value in values):
+        return values
+    powers = (power for value in values for power in value.atoms(exp))
+    letters = {letter for power in powers for letter in power.free_symbols if letter.name == "i"}
+    return [value.subs(dict.fromkeys(letters, I)) for value in values] if letters else values
 
 
 def _no_false_equation(value: Any) -> bool:

@@ -268,7 +268,7 @@ in_main.__module__ = "__main__"
         (lambda response, answer: None, "expected a function at the top level of a module"),
         (in_main, "in_main is defined in the program or notebook.*move it to a module"),
         ("__main__:verifier", "move it to a module"),
-        ("boxed_math", "'boxed_math' cannot be imported by name.*'module:function'"),
+        ("my module", "'my module' cannot be imported by name.*'module:function'"),
     ],
 )
 def test_a_verifier_that_no_worker_can_import_is_refused_at_once(verifier, message):

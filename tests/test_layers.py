@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "types"),
-    ("templates", "math_equality", "verifiers", "tokenizer"),
+    (
+        "templates",
+        "math_equality",
+        "quantities",
+        "sandbox",
+        "sandbox_program",
+        "verifiers",
+        "tokenizer",
+    ),
     ("questions", "engines.engine", "grading", "grading_process", "grading_worker"),
     ("prompts", "env", "token_env", "attention", "engines"),
     (

@@ -107,7 +107,7 @@ DIFFERENT = [
     ("5 halves", "5"),
     ("12 and a half", "12"),
     ("12 or thirteen", "12"),
-    ("6 m", "6"),
+    ("6m", "6"),
     ("6", "6m"),
     # unit
     ("15 cm", "15 m"),
