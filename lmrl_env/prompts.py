@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from lmrl_env.errors import PromptTooLongError
-from lmrl_env.questions import QuestionSet
+from lmrl_env.questions import Part, QuestionSet
 from lmrl_env.templates import Template
 from lmrl_env.tokenizer import Tokenizer
 
@@ -68,20 +69,58 @@ class PromptTable:
 
 
 class QuestionStream:
-    """Shuffles of a question set, epoch after epoch, each a function of its seed alone.
+    """The endless order in which a set's questions are asked, a function of a seed alone.
+
+    The parts of a mixture take turns in a fixed pattern of a thousand draws, as evenly as their
+    shares allow, so that every batch has nearly its share of each. A part is asked epoch after
+    epoch, each in a new shuffle, or each in the part's own order.
+
+    >>> stream = QuestionStream([Part(np.array([0, 1]), 0.5), Part(np.array([2]), 0.5)])
+    >>> [stream.question_id(0, position) for position in range(1, 8, 2)]
+    [2, 2, 2, 2]
 
     Args:
-        size: number of questions.
+        parts: of the set, ``QuestionSet.parts``, or the size of a set of one part.
     """
 
-    def __init__(self, size: int):
-        self.size = size
-        self._shuffles: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
+    PATTERN = 1000
+
+    def __init__(self, parts: Sequence[Part] | int):
+        self.parts = [Part(np.arange(parts))] if isinstance(parts, int) else list(parts)
+        self._counts = _apportion([part.share for part in self.parts], self.PATTERN)
+        turns = [
+            ((draw + 0.5) / count, part, draw)
+            for part, count in enumerate(self._counts)
+            for draw in range(count)
+        ]
+        self._pattern = [(part, draw) for _, part, draw in sorted(turns)]
+        self._shuffles: dict[tuple[int, int], tuple[int, npt.NDArray[np.int64]]] = {}
 
     def question_id(self, seed: int, position: int) -> int:
         """Return the question at a position, counted over epochs, of the stream of a seed."""
-        epoch, index = divmod(position, self.size)
-        if self._shuffles.get(seed, (None,))[0] != epoch:
-            shuffle = np.random.default_rng((seed, epoch)).permutation(self.size)
-            self._shuffles[seed] = epoch, shuffle
-        return int(self._shuffles[seed][1][index])
+        block, offset = divmod(position, self.PATTERN)
+        part, draw = self._pattern[offset]
+        indices = self.parts[part].indices
+        epoch, index = divmod(block * self._counts[part] + draw, len(indices))
+        if self.parts[part].ordered:
+            return int(indices[index])
+        if self._shuffles.get((seed, part), (None,))[0] != epoch:
+            shuffle = np.random.default_rng((seed, epoch, part)).permutation(len(indices))
+            self._shuffles[seed, part] = epoch, shuffle
+        return int(indices[self._shuffles[seed, part][1][index]])
+
+
+def _apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Return whole numbers that sum to a total, in proportion to shares, each at least 1.
+
+    >>> _apportion([0.7, 0.3], 1000), _apportion([1 / 3, 1 / 3, 1 / 3], 1000)
+    ([700, 300], [334, 333, 333])
+    """
+    counts = [max(1, int(share * total)) for share in shares]
+    while (missing := total - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        candidates = [part for part, count in enumerate(counts) if step == 1 or count > 1]
+        counts[max(candidates, key=lambda part: step * (shares[part] * total - counts[part]))] += (
+            step
+        )
+    return counts

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from lmrl_env.errors import ConfigurationError, QuestionError
 from lmrl_env.types import Question
 
@@ -15,18 +18,50 @@ Split = Literal["train", "heldout", "all"]
 """``heldout``: a tenth that training never sees. ``train``: the rest. ``all``: both."""
 
 
+class Part(NamedTuple):
+    """Questions of a set that training draws from one stream.
+
+    Attributes:
+        indices: shape (n,), int64: where they stand in the set.
+        share: of all draws; those of a set sum to 1.
+        ordered: whether every epoch asks them in this order instead of shuffling them.
+    """
+
+    indices: npt.NDArray[np.int64]
+    share: float = 1.0
+    ordered: bool = False
+
+
 class QuestionSet(Sequence[Question]):
     """An immutable sequence of questions.
 
-    Attributes:
+    Args:
         name: the name that it was loaded by.
+        questions: its rows.
         report: what was read, kept and dropped, in words.
+        parts: how training draws them; by default they are one part, shuffled.
+
+    Attributes:
+        name: see above.
+        report: see above.
+        parts: see above; empty parts are left out.
     """
 
-    def __init__(self, name: str, questions: Iterable[Question], report: str):
+    def __init__(
+        self,
+        name: str,
+        questions: Iterable[Question],
+        report: str,
+        parts: Iterable[Part] | None = None,
+    ):
         self.name = name
         self.report = report
         self._questions = tuple(questions)
+        parts = (Part(np.arange(len(self))),) if parts is None else tuple(parts)
+        total = sum(part.share for part in parts if len(part.indices))
+        self.parts = tuple(
+            part._replace(share=part.share / total) for part in parts if len(part.indices)
+        )
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -45,11 +80,39 @@ class QuestionSet(Sequence[Question]):
 
     def subset(self, indices: Iterable[int]) -> QuestionSet:
         """Return the questions at some indices, under the same name."""
-        return QuestionSet(self.name, [self._questions[i] for i in indices], self.report)
+        chosen = np.fromiter(indices, dtype=np.int64)
+        part_of = np.empty(len(self), dtype=np.int64)
+        for number, part in enumerate(self.parts):
+            part_of[part.indices] = number
+        parts = [
+            part._replace(indices=np.flatnonzero(part_of[chosen] == number))
+            for number, part in enumerate(self.parts)
+        ]
+        return QuestionSet(self.name, [self._questions[i] for i in chosen], self.report, parts)
+
+
+def mix(name: str, sets: Sequence[tuple[QuestionSet, float]]) -> QuestionSet:
+    """Return the questions of several sets, each drawn by its share.
+
+    Args:
+        name: of the mixture.
+        sets: of one part each, with their shares of all draws.
+    """
+    questions: list[Question] = []
+    parts, reports = [], []
+    for question_set, share in sets:
+        (part,) = question_set.parts
+        parts.append(part._replace(indices=part.indices + len(questions), share=share))
+        questions.extend(question_set)
+        reports.append(f"{share:.1%} {question_set.name}: {question_set.report}")
+    return QuestionSet(name, questions, " | ".join(reports), parts)
 
 
 class Columns(NamedTuple):
-    """Names of the columns that hold a row's question, answer and id."""
+    """Names of the columns that hold a row's question, answer and id.
+
+    A dot leads into a nested column: ``1.value`` is the key ``value`` of the column ``1``.
+    """
 
     question: str = "question"
     answer: str = "answer"
@@ -92,8 +155,9 @@ def usable_questions(
 
     An answer is stripped of white space, and of all that stands before a last ``####``, where
     GSM8K writes its worked solution. A list of answers, in the answer's column or in a column
-    ``answers``, means that any one of them counts as right. Of several rows with the same question,
-    up to white space, the first is kept.
+    ``answers``, means that any one of them counts as right; where the row's
+    ``is_multiple_answer`` is true, all of them are wanted, and are joined by commas. Of several
+    rows with the same question, up to white space, the first is kept.
 
     Args:
         source: begins the id of a row that has none: ``source/0`` is the first row.
@@ -102,9 +166,11 @@ def usable_questions(
         drops: gets the rows that are not kept.
     """
     kept: dict[str, Question] = {}
+    heads = {column.partition(".")[0] for column in columns}.union(columns)
     for index, row in enumerate(rows):
-        row_id = str(row[columns.id]) if row.get(columns.id) is not None else f"{source}/{index}"
-        question = row.get(columns.question)
+        row_id = _value(row, columns.id)
+        row_id = f"{source}/{index}" if row_id is None else str(row_id)
+        question = _value(row, columns.question)
         if not isinstance(question, str) or not question.strip():
             drops.add("empty questions", row_id)
             continue
@@ -118,14 +184,24 @@ def usable_questions(
             same = first.answer == answer
             drops.add("duplicates" if same else "duplicates with another answer", row_id)
             continue
-        extra = {key: row[key] for key in row if key not in columns}
+        extra = {key: row[key] for key in row if key not in heads}
         kept[normalised(question)] = Question(row_id, question, answer, MappingProxyType(extra))
     return list(kept.values())
 
 
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """Return what a row has in a column, which may be nested, or None."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def _golds(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[str, ...], str | None]:
     """Return the gold answers of a row, or why it has none."""
-    value = row.get(columns.answer)
+    value = _value(row, columns.answer)
     if columns.answer == Columns().answer and row.get("answers"):
         value = row["answers"]
     values = value if isinstance(value, list | tuple) else [value]
@@ -135,6 +211,8 @@ def _golds(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[str, ...], s
             return (), f"answers of type {type(value).__name__}"
         golds.append(_answer_text(value))
     usable = tuple(dict.fromkeys(gold for gold in golds if gold not in ("", "None")))
+    if usable and row.get("is_multiple_answer") is True:
+        return (", ".join(usable),), None
     if usable:
         return usable, None
     return (), "answers 'None'" if "None" in golds else "empty answers"
