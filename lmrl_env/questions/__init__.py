@@ -65,8 +65,9 @@ def load_questions(name: str, *, split: Split = "train") -> QuestionSet:
             - a hub id such as ``openai/gsm8k``.
 
             Files, folders and hub ids have the keys ``question``, ``answer`` and ``id``, which
-            name the columns and default to themselves (of a named set, to its own); folders and
-            hub ids also ``split`` and ``config``. These keys choose among the questions:
+            name the columns and default to themselves (of a named set, to its own); a dot leads
+            into a nested column. Folders and hub ids also have ``split`` and ``config``. These
+            keys choose among the questions:
 
             - ``level=3-5`` keeps a range of levels, ``level=5`` one, by the column ``level``;
             - ``pass_rates=FILE``, of rows with ``id`` and ``pass_rate``, keeps what was measured;
