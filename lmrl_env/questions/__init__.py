@@ -72,7 +72,8 @@ def load_questions(name: str, *, split: Split = "train") -> QuestionSet:
             - ``level=3-5`` keeps a range of levels, ``level=5`` one, by the column ``level``;
             - ``pass_rates=FILE``, of rows with ``id`` and ``pass_rate``, keeps what was measured;
               ``band=0.2-0.8`` keeps a range of it, ``order=easy-first`` or ``order=hard-first``
-              asks in that order in every epoch, where else each epoch is shuffled anew.
+              asks in that order in every epoch, where else each epoch is shuffled anew. What is
+              held out stays as it is, so that accuracies compare.
         split: ``train``, ``heldout`` or ``all``.
 
     Raises:
@@ -97,7 +98,7 @@ def _load_set(name: SetName, split: Split) -> QuestionSet:
         if "level" in name.options:
             questions, note = at_level(name, questions)
             report += f"; {note}"
-    if name.options.keys() & set(_CURRICULUM_KEYS):
+    if split != "heldout" and name.options.keys() & set(_CURRICULUM_KEYS):
         questions, note = by_pass_rate(name, questions)
         report += f"; {note}"
     if not questions:

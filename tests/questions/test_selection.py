@@ -88,10 +88,22 @@ def test_a_split_of_an_ordered_set_stays_in_order(measured):
     assert rates == sorted(rates) and train.parts[0].ordered
 
 
+def test_a_curriculum_leaves_what_is_held_out_as_it_is(write_jsonl):
+    rows = [{"question": f"What is {i}?", "answer": i} for i in range(80)]
+    path = write_jsonl(*rows)
+    rates = ({"id": f"set/{i}", "pass_rate": i / 80} for i in range(80))
+    name = f"{path}:pass_rates={write_jsonl(*rates, name='rates.jsonl')},band=0.4-0.6"
+    heldout, train = load_questions(name, split="heldout"), load_questions(name, split="train")
+    assert list(heldout) == list(load_questions(path, split="heldout"))
+    banded = [q.id for q in load_questions(path, split="train") if 32 <= int(q.answer) <= 48]
+    assert [question.id for question in train] == banded
+
+
 def test_arithmetic_has_a_curriculum_too(write_jsonl):
     path = write_jsonl(*({"id": f"arithmetic/train/{i}", "pass_rate": i / 10} for i in range(10)))
     name = f"arithmetic:size=10,pass_rates={path},band=0.3-0.5,order=easy-first"
     assert [q.id for q in load_questions(name)] == [f"arithmetic/train/{i}" for i in (5, 4, 3)]
+    assert len(load_questions(name, split="heldout")) == 10
 
 
 @pytest.mark.parametrize(
