@@ -19,9 +19,12 @@ _LONGEST_FORMULA = 2000
 """Characters beyond which two answers are equal only if they are the same text."""
 
 _NAMED = re.compile(
-    r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?![^=]*[,;=])\s*(.+)"
+    r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*="
+    r"(?![^=]*(?:[;=]|,(?![0-9]{3}(?![0-9]))))\s*(.+)"
 )
-_PROSE = re.compile(r"(?=.*[A-Za-z]{3}|\(?[A-Za-z]\)?(?:\s*,|\s*$))[A-Za-z()][A-Za-z()\s.,;'-]*")
+_PROSE = re.compile(
+    r"(?!\([^()]*,[^()]*\)$)(?=.*[A-Za-z]{3}|\(?[A-Za-z]\)?(?:\s*,|\s*$))[A-Za-z()][A-Za-z()\s.,;'-]*"
+)
 
 
 def math_equal(prediction: str, gold: str) -> bool:
@@ -96,7 +99,9 @@ def _normalise(text: str) -> str:
     """Return the text without what introduces or typesets an answer but does not change it."""
     text = text.strip().replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
     text = re.sub(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b\s*:?|\s*:)", "", text, flags=re.I)
-    text = re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", ",", text)
+    text = re.sub(r"(?<=[0-9])(?:\\,|,\\!\s*)(?=[0-9]{3})", ",", text)
+    text = re.sub(r"\\(?:boldsymbol|bm)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\varnothing(?![A-Za-z])", r"\\emptyset", text)
     text = re.sub(r"(?<!\\)\\(?:[!()\[\]]|(?:left|right|displaystyle)(?![A-Za-z]))", "", text)
     text = re.sub(r"(?<!\\)\\(?:[,;:\s]|q?quad(?![A-Za-z]))|[~\s]+", " ", text)
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
@@ -158,8 +163,13 @@ def _parse(latex: str) -> Any:
             basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
         ),
     )
+    # The first match alone: where the whole does not parse, a part of it is not the answer.
     values = parse(
-        f"\\boxed{{{latex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None
+        f"\\boxed{{{latex}}}",
+        [config],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,
     )
     return values[0] if values else None
 

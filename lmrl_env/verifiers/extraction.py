@@ -53,14 +53,19 @@ def marked_answer(response: str) -> str | None:
     return None if content is None else content.strip()
 
 
-_AMOUNT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
+_AMOUNT = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 _NUMBER = re.compile(
     rf"""(?:[\^_]\{{?|\}}\{{|sqrt\{{)?  # part of a formula, which no number equals
     (?<![A-Za-z])(?:(?<![\w.)\]}}])[-\N{{MINUS SIGN}}])?(?:\\?\$)?(?:
-        \\[dt]?frac\{{-?[0-9]+\}}\{{[0-9]+\}}
-      | (?:{_AMOUNT})(?:\s?/\s?[0-9]+(?:\.[0-9]+)?)?(?:[eE][+-]?[0-9]+)?(?:\s?\\?%)?
+        [0-9]*\\[dt]?frac\{{-?[0-9]+\}}\{{[0-9]+\}}
+      | {_AMOUNT}\s?(?:\\times|\\cdot|×)\s?10\s?\^\s?(?:\{{-?[0-9]+\}}|[0-9]+)
+      | {_AMOUNT}(?:\s?/\s?[0-9]+(?:\.[0-9]+)?)?(?:[eE][+-]?[0-9]+)?(?:\s?\\?%)?
     )
-    (?:\s*\^|\s*\\(?:sqrt|pi|frac|times|cdot)|\s(?:hundred|thousand|million|billion|dozen))?""",
+    (?:  # a power, a factor or a word that makes it another number
+        \s?\^\s?\{{?-?[0-9]*\}}?
+      | \s?\\(?:sqrt|pi|frac|times|cdot)(?![a-z])\s?\{{?[0-9]*\}}?
+      | \s(?:hundred|thousand|million|billion|dozen)
+    )?""",
     re.VERBOSE,
 )
 

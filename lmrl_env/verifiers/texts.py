@@ -95,17 +95,22 @@ def choice(
 
 def _letters(text: str) -> list[str]:
     r"""Return the letters that an answer names, sorted; none if it is anything else."""
-    bare = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\b|[$*{}]", "", text)
+    letters, rest, closed = _leading_letters(text)
+    is_label = not rest or rest[0] in ".:" or closed  # "B. 42" and "(B) 42", but not "A dog"
+    return letters if is_label and not _LABEL.search(rest) else []
+
+
+def _leading_letters(text: str) -> tuple[list[str], str, bool]:
+    """Return the letters that a text begins with, the rest, and whether a bracket closes them."""
+    bare = re.sub(r"\\(?:text|mathrm|textbf|mathbf|boxed)\b|[$*{}]", "", text)
     bare = " ".join(bare.split()).rstrip(".")
     if re.fullmatch("[A-J]{2,5}", bare):
-        return sorted(set(bare))
+        return sorted(set(bare)), "", False
     letters, end, closed = set(), 0, False
     while item := _ITEM.match(bare, end):
         letters.add(item[2])
         end, closed = item.end(), bool(item[3])
-    rest = bare[end:]
-    is_label = not rest or rest[0] in ".:" or closed  # "B. 42" and "(B) 42", but not "A dog"
-    return sorted(letters) if is_label and not _LABEL.search(rest) else []
+    return sorted(letters), bare[end:], closed
 
 
 def _said_letters(text: str) -> list[str]:
@@ -113,5 +118,7 @@ def _said_letters(text: str) -> list[str]:
     lines = text.strip().splitlines()
     if lines and (letters := _letters(lines[-1])):
         return letters
-    *_, said = ("", *_SAID.split(text))
-    return _letters(re.split(r"[.\n]", said)[0]) if _SAID.search(text) else []
+    *before, said = _SAID.split(text)
+    letters, rest, closed = _leading_letters(said.split("\n")[0])
+    ends = not rest or closed or re.match(r"[,.;:]| (?:because|since|as)\b", rest)
+    return letters if before and ends else []
