@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,6 +63,8 @@ class Args:
     """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
+    on_verifier_error: Literal["zero", "drop", "stop"] = "zero"
+    """where the verifier timed out or crashed: pay 0, drop the group, or stop the run"""
     lr: float = 2e-4
     """learning rate of AdamW (paper: 1e-6)"""
     warmup_steps: int = 0
@@ -150,15 +153,20 @@ def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -
     return (deviations / (groups.std(dim=1, keepdim=True) + eps)).reshape(-1)
 
 
+def is_informative(batch: Rollout, group_size: int) -> npt.NDArray[np.bool_]:
+    """Return for each group whether its rewards differ and it was not dropped."""
+    differ = has_signal(torch.from_numpy(batch.rewards), group_size).numpy()
+    return differ & batch.kept.reshape(-1, group_size).all(axis=1)
+
+
 def informative_groups(batch: Rollout, group_size: int) -> int:
     """Return the number of groups whose rewards are not all equal."""
-    return int(has_signal(torch.from_numpy(batch.rewards), group_size).sum())
+    return int(is_informative(batch, group_size).sum())
 
 
 def choose_groups(batch: Rollout, count: int, group_size: int) -> Rollout:
     """Return a number of groups, in the order of sampling, those of equal rewards last."""
-    is_dull = ~has_signal(torch.from_numpy(batch.rewards), group_size).numpy()
-    groups = np.argsort(is_dull, kind="stable")[:count]
+    groups = np.argsort(~is_informative(batch, group_size), kind="stable")[:count]
     return batch.take((groups[:, None] * group_size + np.arange(group_size)).ravel())
 
 
@@ -231,6 +239,7 @@ def main(args: Args) -> None:
             temperature=args.temperature,
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
+        batch = run.settle_verifier_errors(batch)
         train_started = time.perf_counter()
         # --- shared rollout: end
         rollouts = 1
@@ -245,7 +254,7 @@ def main(args: Args) -> None:
                 seeds=plan.seeds(refill_step),
                 temperature=args.temperature,
             )
-            batch = Rollout.concatenate([batch, refill])
+            batch = Rollout.concatenate([batch, run.settle_verifier_errors(refill)])
             rollouts += 1
         batch = choose_groups(batch, plan.groups, args.group_size)
         if args.overlong_filter:

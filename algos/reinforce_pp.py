@@ -59,6 +59,8 @@ class Args:
     """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
+    on_verifier_error: Literal["zero", "drop", "stop"] = "zero"
+    """where the verifier timed out or crashed: pay 0, drop the group, or stop the run"""
     lr: float = 2e-4
     """learning rate of AdamW (paper: 1e-6)"""
     warmup_steps: int = 0
@@ -230,18 +232,18 @@ def main(args: Args) -> None:
             temperature=args.temperature,
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
+        batch = run.settle_verifier_errors(batch)
         train_started = time.perf_counter()
         # --- shared rollout: end
-        own_rewards = torch.as_tensor(batch.token_rewards, device=accelerator.device)
+        rewards = torch.as_tensor(batch.token_rewards, device=accelerator.device)
         if reference is not None:
             old_scores = plan.logprobs(policy, batch, args.temperature)
             ref_scores = plan.logprobs(reference, batch, args.temperature)
             mask = torch.as_tensor(batch.mask, device=accelerator.device)
-            own_rewards = penalize(own_rewards, old_scores, ref_scores, mask, args.kl_coef)
-        rewards = distributed.all_gather(accelerator, own_rewards)
-        if reference is not None:
-            row["reward/after_kl"] = rewards.sum(1).mean().item()
-        advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
+            rewards = penalize(rewards, old_scores, ref_scores, mask, args.kl_coef)
+            after_kl = distributed.all_gather(accelerator, rewards)
+            row["reward/after_kl"] = after_kl.sum(1).mean().item()
+        advantages = plan.advantages(rewards, batch.kept, compute_advantages)
 
         # --- shared update: begin
         on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's

@@ -59,6 +59,8 @@ class Args:
     """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
+    on_verifier_error: Literal["zero", "drop", "stop"] = "zero"
+    """where the verifier timed out or crashed: pay 0, drop the group, or stop the run"""
     lr: float = 2e-4
     """learning rate of AdamW (paper: 1e-6)"""
     warmup_steps: int = 0
@@ -232,6 +234,7 @@ def main(args: Args) -> None:
             temperature=args.temperature,
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
+        batch = run.settle_verifier_errors(batch)
         train_started = time.perf_counter()
         # --- shared rollout: end
         own_rewards = torch.as_tensor(batch.rewards, device=accelerator.device)

@@ -174,6 +174,29 @@ class BatchPlan:
         """Return the seeds of this rank's responses of a step."""
         return response_seeds(self.seed, step, self.questions * self.group_size)[self._own]
 
+    def advantages(
+        self,
+        rewards: npt.NDArray[np.float64] | Tensor,
+        kept: npt.NDArray[np.bool_],
+        compute: Callable[[Tensor, int], Tensor],
+    ) -> Tensor:
+        """Return this rank's advantages against the kept rows of all ranks, and 0 for the others.
+
+        For advantages by statistics of the whole batch, on which groups that were dropped must
+        have no influence.
+
+        Args:
+            rewards: shape (N, ...), of this rank.
+            kept: shape (N,), bool, of this rank; groups are kept or not as a whole.
+            compute: returns advantages from the rewards of all ranks and the group size.
+        """
+        everywhere = all_gather(self.accelerator, rewards)
+        counted = all_gather(self.accelerator, kept).bool()
+        advantages = torch.zeros_like(everywhere)
+        if counted.any():
+            advantages[counted] = compute(everywhere[counted], self.group_size)
+        return self.own_rows(advantages)
+
     def own_rows(self, values: Tensor) -> Tensor:
         """Return this rank's part of the rows of all ranks, as float32."""
         return values[self._own].float()
@@ -190,9 +213,13 @@ class BatchPlan:
                 yield (own[:, None] * self.group_size + np.arange(self.group_size)).ravel()
 
     def totals(self, batch: Rollout, rows: Rows) -> BatchTotals:
-        """Return the counts of an optimiser step over all ranks; tokens count as 1 at least."""
-        responses, tokens = all_sum(self.accelerator, [len(rows), batch.mask[rows].sum()])
-        return BatchTotals(int(responses), max(1, int(tokens)), batch.mask.shape[1])
+        """Return the counts of an optimiser step over all ranks, at least 1 each.
+
+        Responses without actions, whose group was dropped, do not count.
+        """
+        counts = [batch.kept[rows].sum(), batch.mask[rows].sum()]
+        responses, tokens = (max(1, int(count)) for count in all_sum(self.accelerator, counts))
+        return BatchTotals(responses, tokens, batch.mask.shape[1])
 
     def micro_batches(self, batch: Rollout, rows: Rows) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an optimiser step.

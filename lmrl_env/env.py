@@ -26,6 +26,7 @@ from lmrl_env.errors import (
 from lmrl_env.prompts import PromptTable, QuestionStream
 from lmrl_env.templates import Template
 from lmrl_env.tokenizer import Tokenizer
+from lmrl_env.types import Question
 
 if TYPE_CHECKING:
     from lmrl_env.engines.engine import Engine
@@ -154,6 +155,8 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self._is_eos = np.zeros(vocab_size, dtype=np.bool_)
         self._is_eos[list(tokenizer.eos_token_ids)] = True
         self._stop = tokenizer.stop_strings(template.stop)
+        self.pause_strings: tuple[str, ...] = ()
+        self._pause = tokenizer.stop_strings(())
         self._group_offset = np.arange(num_envs) // group_size * group_size
         self._stream = QuestionStream(len(prompts))
 
@@ -275,26 +278,74 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         given &= nth <= (self.max_new_tokens - written)[:, None]
         ends = given & self._is_eos[tokens]
         end = np.where(ends.any(axis=1), ends.argmax(axis=1), k)  # (N,) index of the last token
-        for slot, i in np.argwhere(given & self._stop.may_complete[tokens]):
+        paused = np.zeros(self.num_envs, dtype=np.bool_)
+        may_complete = self._stop.may_complete | self._pause.may_complete
+        for slot, i in np.argwhere(given & may_complete[tokens]):
             if i < end[slot]:
                 new = tokens[slot, : i + 1][given[slot, : i + 1]]
-                if self._stop.completed_by_last(np.concatenate([self._response(slot), new])):
-                    end[slot] = i
+                turn = np.concatenate([self.last_turn(slot), new])
+                stops = self._stop.completed_by_last(turn)
+                if stops or self._pause.completed_by_last(turn):
+                    end[slot], paused[slot] = i, not stops
         given &= np.arange(k) <= end[:, None]
         slots, columns = np.nonzero(given)
         position = written[slots] + nth[slots, columns] - 1  # within the response
         self._input_ids[slots, self._prompt_length[slots] + position] = tokens[slots, columns]
         self._is_action[slots, position] = True
         self._length += given.sum(axis=1)
-        terminated = end < k
+        terminated = (end < k) & ~paused
         full = self._length - self._prompt_length == self.max_new_tokens
         return terminated, active & full & ~terminated
 
-    def insert_tokens(self, slot: int, token_ids: Sequence[int]) -> None:
+    # --- for wrappers that write into a response
+
+    @property
+    def running(self) -> npt.NDArray[np.bool_]:
+        """Shape (N,), bool: slots within an episode."""
+        return ~self._done
+
+    @property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """Shape (N,), int64: tokens of the responses so far, inserted ones included."""
+        return self._length - self._prompt_length
+
+    def question(self, slot: int) -> Question:
+        """Return the row that a slot is asked."""
+        return self.prompts.questions[self._question_id[slot]]
+
+    def response(self, slot: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Return the token ids of a response so far, and which of them were actions."""
+        ids = self._input_ids[slot, self._prompt_length[slot] : self._length[slot]]
+        return ids.copy(), self._is_action[slot, : len(ids)].copy()
+
+    def last_turn(self, slot: int) -> npt.NDArray[np.int32]:
+        """Return the token ids that were written since the last insertion, or since the prompt."""
+        ids, is_action = self.response(slot)
+        inserted = np.flatnonzero(~is_action)
+        return ids[inserted[-1] + 1 :] if len(inserted) else ids
+
+    def pause_at(self, strings: Sequence[str]) -> None:
+        """Let a K-token step end, in its slot, also with the token that completes a string.
+
+        The episode goes on; tokens after that one are ignored, as those after an end are. A
+        wrapper that inserts tokens says so where it must be asked first, and ``rollout`` has the
+        engine stop there.
+
+        Args:
+            strings: in addition to those of earlier calls.
+        """
+        self.pause_strings += tuple(strings)
+        self._pause = self.tokenizer.stop_strings(self.pause_strings)
+
+    def insert_tokens(self, slot: int, token_ids: Sequence[int]) -> Observation:
         """Append tokens to a running slot that are state but not action, as a tool's output is.
 
-        They count towards the budget; what does not fit is cut. The policy takes no credit for
-        them: ``response_mask`` is False there.
+        They count towards the budget; what does not fit is cut. A slot that they fill is truncated
+        by its next step, whatever the action. The policy takes no credit for them:
+        ``response_mask`` is False there. Stop strings in them end nothing.
+
+        Returns:
+            The slot's new observation, of the single observation space.
 
         Raises:
             InvalidActionError: for a token that the tokenizer does not know.
@@ -314,18 +365,16 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         stop = min(start + len(token_ids), int(self._prompt_length[slot]) + self.max_new_tokens)
         self._input_ids[slot, start:stop] = np.asarray(token_ids, np.int32)[: stop - start]
         self._length[slot] = stop
-
-    def _response(self, slot: int) -> npt.NDArray[np.int32]:
-        return self._input_ids[slot, self._prompt_length[slot] : self._length[slot]]
+        return {"input_ids": self._input_ids[slot].copy(), "length": self._length[slot]}
 
     def _outcome(self, slot: int, terminated: bool) -> Info:
         return {
             "question_id": self._question_id[slot],
-            "response": self.tokenizer.decode_response(self._response(slot)),
+            "response": self.tokenizer.decode_response(self.response(slot)[0]),
             "response_length": self._length[slot] - self._prompt_length[slot],
             "response_mask": self._is_action[slot].copy(),
             "finish_reason": "stop" if terminated else "length",
-            "answer": self.prompts.questions[self._question_id[slot]].answer,
+            "answer": self.question(slot).answer,
         }
 
     def _observe(self) -> Observation:

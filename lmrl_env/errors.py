@@ -41,7 +41,7 @@ class ResetNeededError(LmrlError, gymnasium.error.ResetNeeded):
 
 
 class GradingError(LmrlError, RuntimeError):
-    """The grading service cannot start or has been closed."""
+    """The grading service cannot start, has been closed, or failed where that is not accepted."""
 
 
 class EngineError(LmrlError, RuntimeError):

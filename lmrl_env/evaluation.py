@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -12,11 +12,15 @@ from lmrl_env.distributed import all_sum
 from lmrl_env.env import unwrap
 from lmrl_env.groups import has_signal
 from lmrl_env.rollout import Rollout, response_seeds, rollout
+from lmrl_env.verifiers import Status
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lmrl_env.engines.engine import Engine
+
+STATUSES = (*get_args(Status), "truncated")
+"""What ``verifier_status`` can be."""
 
 
 def evaluate(
@@ -69,7 +73,9 @@ def outcome_metrics(
 
     ``length/incorrect`` is of responses that ended by themselves and are not correct: those that
     the budget cut off are counted by ``length/truncated_fraction`` alone. Groups of equal rewards,
-    from which group-relative advantages learn nothing, are ``reward/zero_variance_groups``.
+    from which group-relative advantages learn nothing, are ``reward/zero_variance_groups``. Where a
+    verifier is in the environment, ``verifier/STATUS`` is the share of each of its statuses, and
+    ``verifier/truncated`` that of responses which it did not see.
 
     Args:
         accelerator: of this rank.
@@ -80,6 +86,7 @@ def outcome_metrics(
     counted = np.broadcast_to(counted, batch.rewards.shape)
     correct, length = batch.correct, batch.response_lengths
     incorrect = ~correct & batch.terminated
+    statuses = STATUSES if any(batch.verifier_status) else ()
     sums = all_sum(
         accelerator,
         [
@@ -93,10 +100,11 @@ def outcome_metrics(
                 (length, counted),
                 (length, correct),
                 (length, incorrect),
+                *((1, np.array(batch.verifier_status) == status) for status in statuses),
             )
         ],
     ).tolist()
-    n, right, wrong, cut, reward, tokens, right_tokens, wrong_tokens = sums
+    n, right, wrong, cut, reward, tokens, right_tokens, wrong_tokens, *by_status = sums
     metrics = {
         "reward/mean": reward / n,
         "reward/accuracy": right / n,
@@ -105,6 +113,8 @@ def outcome_metrics(
         "length/incorrect": wrong_tokens / wrong if wrong else None,
         "length/truncated_fraction": cut / n,
     }
+    for status, count in zip(statuses, by_status, strict=True):
+        metrics[f"verifier/{status}"] = count / n
     if group_size > 1:
         equal = ~has_signal(torch.from_numpy(batch.rewards), group_size).numpy()
         zeros, groups = all_sum(accelerator, [equal.sum(), len(equal)]).tolist()

@@ -15,12 +15,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from lmrl_env.env import NO_TOKEN, TokenVectorEnv, unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.types import Completion, Sampling
+from lmrl_env.verifiers import Status
 
 if TYPE_CHECKING:
     from lmrl_env.engines.engine import Engine
 
 
 STATUS = "verifier_status"
+VERIFIER_ERRORS: tuple[Status, ...] = ("timeout", "crash")
+"""Statuses that say nothing of the response: its verifier did not finish."""
 
 
 class Rollout(NamedTuple):
@@ -34,6 +37,8 @@ class Rollout(NamedTuple):
         mask: shape (N, K), bool, True where a token was an action of the policy.
         sampling_logprobs: shape (N, K), float32, nats, of the engine; 0 outside the mask.
         rewards: shape (N,), float64, the episode's return.
+        dense_rewards: shape (N, K), float64, the part of it that was paid for single tokens:
+            ``info["token_rewards"]``.
         terminated: shape (N,), bool; the others were truncated by the budget.
         question_ids: shape (N,), int64.
         versions: shape (N,), int64, of the weights that began each response.
@@ -51,6 +56,7 @@ class Rollout(NamedTuple):
     mask: npt.NDArray[np.bool_]
     sampling_logprobs: npt.NDArray[np.float32]
     rewards: npt.NDArray[np.float64]
+    dense_rewards: npt.NDArray[np.float64]
     terminated: npt.NDArray[np.bool_]
     question_ids: npt.NDArray[np.int64]
     versions: npt.NDArray[np.int64]
@@ -73,12 +79,38 @@ class Rollout(NamedTuple):
         return self.rewards > 0
 
     @property
+    def has_verifier_error(self) -> npt.NDArray[np.bool_]:
+        """Shape (N,), bool: responses whose verifier timed out or crashed."""
+        return np.array([status in VERIFIER_ERRORS for status in self.verifier_status])
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Shape (N,), bool: responses of which at least one token counts as an action."""
+        return self.mask.sum(axis=1) > 0
+
+    @property
     def token_rewards(self) -> npt.NDArray[np.float64]:
-        """Shape (N, K), float64: the return, at the last action of each response."""
-        placed = np.zeros(self.mask.shape)
-        last = self.mask.shape[1] - 1 - np.argmax(self.mask[:, ::-1], axis=1)
-        placed[np.arange(len(last)), last] = self.rewards
+        """Shape (N, K), float64: the dense rewards, and the rest of the return at the end.
+
+        The end is the last action of a response. A row without actions has the dense ones alone.
+        """
+        placed = self.dense_rewards.copy()
+        rows = np.flatnonzero(self.kept)
+        last = self.mask.shape[1] - 1 - np.argmax(self.mask[rows, ::-1], axis=1)
+        placed[rows, last] += (self.rewards - self.dense_rewards.sum(axis=1))[rows]
         return placed
+
+    def drop_groups(self, rows: npt.NDArray[np.bool_], group_size: int) -> Rollout:
+        """Return the batch with the whole groups of some rows out of every loss.
+
+        Their mask is False everywhere, so that no token of theirs is an action.
+
+        Args:
+            rows: shape (N,), bool.
+            group_size: G.
+        """
+        dropped = rows.reshape(-1, group_size).any(axis=1).repeat(group_size)
+        return self._replace(mask=self.mask & ~dropped[:, None])
 
     def take(self, rows: npt.ArrayLike) -> Rollout:
         """Return some rows, in the order given."""
@@ -144,7 +176,8 @@ def rollout(
     """Play one episode in every slot.
 
     The engine writes until its own stop, the environment takes that as one step of K tokens. A
-    slot that is not finished then (a wrapper inserted tokens, say) is written on from its state.
+    slot that is not finished then (a wrapper inserted tokens, say) is written on from its state;
+    one whose budget is full takes a step without tokens, which truncates it.
 
     Args:
         envs: a ``TokenVectorEnv`` in any wrappers, with ``autoreset_mode="Disabled"`` and
@@ -161,11 +194,11 @@ def rollout(
     """
     env = _rollout_env(envs)
     n, k = env.num_envs, env.max_new_tokens
-    sampling = Sampling(k, temperature, top_p, top_k, env.template.stop)
+    sampling = Sampling(k, temperature, top_p, top_k, env.template.stop + env.pause_strings)
     observations, _ = envs.reset(options={"question_ids": question_ids})
     prompt_lengths = observations["length"]
     prompt_ids = observations["input_ids"][:, : prompt_lengths.max()]
-    returns, done = np.zeros(n), np.zeros(n, dtype=np.bool_)
+    returns, dense, done = np.zeros(n), np.zeros((n, k)), np.zeros(n, dtype=np.bool_)
     terminated, mask = np.zeros(n, dtype=np.bool_), np.zeros((n, k), dtype=np.bool_)
     logprobs, versions = np.zeros((n, k), np.float32), np.full(n, -1, dtype=np.int64)
     texts: dict[str, list[Any]] = {key: [""] * n for key in ("response", "answer", STATUS)}
@@ -176,13 +209,13 @@ def rollout(
         started = time.perf_counter()
         written = observations["length"] - prompt_lengths
         actions = np.full((n, k), NO_TOKEN, dtype=np.int32)
-        for start in np.unique(written[~done]):  # at first one: all slots have the whole budget
+        for start in np.unique(written[~done & (written < k)]):  # at first 0 alone
             slots = np.flatnonzero(~done & (written == start))
             states = [
                 observations["input_ids"][slot, : observations["length"][slot]].tolist()
                 for slot in slots[::group_size]
             ]
-            budget = sampling._replace(max_new_tokens=max(1, k - int(start)))
+            budget = sampling._replace(max_new_tokens=k - int(start))
             completions = engine.generate(states, budget, group_size, seeds[slots].tolist())
             for slot, completion in zip(slots, completions, strict=True):
                 _write(slot, completion, start, actions, logprobs)
@@ -200,6 +233,8 @@ def rollout(
                 values[slot] = info[key][slot]
         if ended.any():
             mask[ended] = info["response_mask"][ended]
+            if "token_rewards" in info:
+                dense[ended] = info["token_rewards"][ended]
         group_size, seeds = 1, seeds + 1
 
     response_lengths = observations["length"] - prompt_lengths
@@ -215,6 +250,7 @@ def rollout(
         mask=mask,
         sampling_logprobs=np.where(mask, logprobs, np.float32(0)),
         rewards=returns,
+        dense_rewards=dense,
         terminated=terminated,
         question_ids=np.repeat(np.asarray(question_ids, dtype=np.int64), env.group_size),
         versions=versions,

@@ -36,14 +36,14 @@ from lmrl_env.checkpoint import (
 )
 from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
 from lmrl_env.env import unwrap
-from lmrl_env.errors import ConfigurationError
+from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.evaluation import evaluate
 from lmrl_env.plotting import plot_curves
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
 from lmrl_env.prompts import PromptTable
 from lmrl_env.registration import make_engine, resolve_engine
-from lmrl_env.rollout import Rollout
+from lmrl_env.rollout import VERIFIER_ERRORS, Rollout
 
 if TYPE_CHECKING:
     from lmrl_env.engines.engine import Engine
@@ -58,6 +58,8 @@ PACKAGES = (
     "transformers",
     "vllm",
 )
+VERIFIER_ERRORS_WARNED_OF = 0.01
+"""Share of responses without a verdict above which a run warns."""
 
 
 class Run:
@@ -120,6 +122,7 @@ class Run:
         self._started = time.perf_counter()
         self._stop_signal: signal.Signals | None = None
         self._stopping = False
+        self._warned = False
         self._batch_saved = self.last_step > 0
         self._others: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
 
@@ -295,6 +298,45 @@ class Run:
         policy = Policy(model, vocab_size).requires_grad_(False)
         return self.accelerator.prepare_model(policy, evaluation_mode=True)
 
+    # --- verifiers that fail
+
+    def settle_verifier_errors(self, batch: Rollout) -> Rollout:
+        """Treat responses whose verifier timed out or crashed as ``--on-verifier-error`` says.
+
+        Args:
+            batch: of this rank.
+
+        Returns:
+            The batch; with ``drop`` without the groups of such responses in its mask.
+
+        Raises:
+            GradingError: with ``stop``, on all ranks, if a rank has such a response.
+        """
+        failed = batch.has_verifier_error
+        choice = self.args.on_verifier_error
+        if choice == "stop" and any_rank(self.accelerator, bool(failed.any())):
+            raise GradingError(
+                "--on-verifier-error stop: "
+                + (_describe(batch, int(failed.argmax())) if failed.any() else "on another rank")
+                + "; correct the verifier, give it a longer timeout, or take zero or drop"
+            )
+        return batch.drop_groups(failed, self.args.group_size) if choice == "drop" else batch
+
+    def _warn_of_verifier_errors(self, metrics: Mapping[str, Any]) -> None:
+        """Say once that too many responses were left without a verdict."""
+        for prefix in ("", "eval/"):
+            shares = {s: metrics.get(f"{prefix}verifier/{s}") or 0.0 for s in VERIFIER_ERRORS}
+            if sum(shares.values()) > VERIFIER_ERRORS_WARNED_OF and not self._warned:
+                self._warned = True
+                listed = ", ".join(f"{status} {share:.1%}" for status, share in shares.items())
+                self._show(
+                    f"warning: step {self.last_step}: the verifier did not finish on many "
+                    f"{'held-out ' if prefix else ''}responses ({listed}), which counts as wrong "
+                    "where --on-verifier-error does not say otherwise; this is said once, the "
+                    f"shares are {prefix}verifier/* in metrics.jsonl",
+                    style="bold yellow",
+                )
+
     # --- the clock
 
     def steps(self) -> Iterator[int]:
@@ -393,6 +435,7 @@ class Run:
             self._batch_saved = True
 
     def _write_row(self, metrics: Mapping[str, Any]) -> None:
+        self._warn_of_verifier_errors(metrics)
         row = {"step": self.last_step, **metrics}
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, self.last_step)
         if self.is_main:
@@ -468,6 +511,15 @@ def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
         if callable(function := getattr(spec, name))
     }
     return json.loads(dataclasses.replace(spec, **paths).to_json())
+
+
+def _describe(batch: Rollout, row: int) -> str:
+    """Return a response that has no verdict, as an error names it."""
+    return (
+        f"the verifier's status is {batch.verifier_status[row]!r} for response {row} to question "
+        f"{batch.question_ids[row]}, gold answer {batch.answers[row]!r}: "
+        f"{batch.responses[row][-500:]!r}"
+    )
 
 
 def _default_run_dir(algorithm: str, args: Any) -> str:

@@ -46,6 +46,12 @@ class Tokenizer:
         """Return the ids of many texts at once."""
         return self._tokenizer(list(prompts))["input_ids"] if prompts else []
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text within a response: no special token is added, none is read."""
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
     def decode(self, token_ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of token ids, special tokens spelled out."""
         return self._tokenizer.decode(

@@ -34,6 +34,7 @@ def make_rollout(prompt_lengths, response_lengths, group_size, seed=0) -> Rollou
         mask=mask,
         sampling_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
         rewards=random.integers(0, 2, n).astype(np.float64),
+        dense_rewards=np.zeros((n, K)),
         terminated=np.ones(n, bool),
         question_ids=np.arange(n) // group_size,
         versions=np.zeros(n, np.int64),

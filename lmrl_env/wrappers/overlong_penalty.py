@@ -6,19 +6,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
+from lmrl_env.wrappers.outcome_reward import OutcomeReward, add_info
 
 
-class OverlongPenalty(VectorWrapper):
+class OverlongPenalty(OutcomeReward):
     """Soft overlong punishment: takes up to 1 from the reward over the last tokens of the budget.
 
     0 for |o| ≤ K - C,  (K - C - |o|) / C for K - C < |o| < K,  -1 for |o| = K
 
     Yu et al. 2025, "DAPO", arXiv:2503.14476, equation 13. ``info`` gains ``overlong_penalty`` for
     the slots that end.
+
+    >>> import gymnasium as gym
+    >>> envs = OverlongPenalty(gym.make_vec("MathR1-v0", num_envs=4, max_new_tokens=96), cache=16)
 
     Args:
         envs: a ``TokenVectorEnv`` in any wrappers; K is its ``max_new_tokens``.
@@ -38,16 +42,11 @@ class OverlongPenalty(VectorWrapper):
             )
         self.cache = cache
 
-    def step(
-        self, actions: Any
-    ) -> tuple[Any, npt.NDArray[np.float64], npt.NDArray[Any], npt.NDArray[Any], dict[str, Any]]:
-        """Step, and punish the slots that end near the budget."""
-        observations, rewards, terminations, truncations, info = self.env.step(actions)
-        ended = np.logical_or(terminations, truncations)
-        if ended.any():
-            free = self.budget - self.cache
-            over = np.where(ended, info["response_length"] - free, 0)
-            penalty = -np.clip(over / self.cache, 0.0, 1.0)
-            rewards = np.asarray(rewards, dtype=np.float64) + penalty
-            info["overlong_penalty"], info["_overlong_penalty"] = penalty, ended.copy()
-        return observations, rewards, terminations, truncations, info
+    def outcome_rewards(
+        self, ended: npt.NDArray[np.bool_], truncated: npt.NDArray[np.bool_], info: dict[str, Any]
+    ) -> npt.NDArray[np.float64]:
+        """Return the penalty of the slots that end near the budget."""
+        over = np.where(ended, info["response_length"] - (self.budget - self.cache), 0)
+        penalty = -np.clip(over / self.cache, 0.0, 1.0)
+        add_info(info, "overlong_penalty", penalty, ended)
+        return penalty
