@@ -1,0 +1,48 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from lmrl_env.tables import Table
+
+PLAIN_WIDTH = 200
+"""Columns where the output is no terminal, so that a table in a file is whole."""
+
+
+def print_table(table: Table) -> None:
+    """Print a table to the standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    shown = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", pad_edge=False)
+    for i, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(_plain, row))
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON to the standard output."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def warn(text: str) -> None:
+    """Print a warning to the standard error, in red where colours are shown."""
+    click.secho(f"Warning: {text}", fg="red", bold=True, err=True)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
