@@ -41,7 +41,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 
 
 def plot_runs(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Draw the panels of several runs: a line for each group, a band over its seeds.
+    """Draw the panels of several runs: a line for each group, a band over its runs.
 
     A line is the mean over the runs that have the number at that step; its band reaches from the
     least to the greatest of them.
@@ -54,13 +54,15 @@ def plot_runs(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path:
 
     figure: Any = Figure(figsize=(12, 10), layout="constrained")
     panels = [
-        (f"{title}: {label}", key) for title, series in PANELS for key, label in series.items()
+        (f"{title}: {label}" if len(series) > 1 else title, key)
+        for title, series in PANELS
+        for key, label in series.items()
     ]
     for axes, (title, key) in zip(figure.subplots(3, 2).flat, panels, strict=True):
         for i, (name, runs) in enumerate(sorted(groups.items())):
-            steps, least, mean, greatest = seed_band(runs, key)
+            steps, least, mean, greatest = band(runs, key)
             if steps:
-                label = f"{name}, {len(runs)} seeds" if len(runs) > 1 else name
+                label = f"{name}, {len(runs)} runs" if len(runs) > 1 else name
                 axes.plot(steps, mean, color=f"C{i % 10}", label=label)
                 axes.fill_between(steps, least, greatest, color=f"C{i % 10}", alpha=0.2, lw=0)
         axes.set_title(title, fontsize=10)
@@ -74,12 +76,12 @@ def plot_runs(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path:
     figure.savefig(path, dpi=120)
 
 
-def seed_band(
+def band(
     runs: Sequence[Sequence[Mapping[str, Any]]], key: str
 ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Return steps, and the least, the mean and the greatest of a number over runs.
 
-    >>> seed_band([[{"step": 0, "x": 1.0}], [{"step": 0, "x": 3.0}, {"step": 1, "x": 5.0}]], "x")
+    >>> band([[{"step": 0, "x": 1.0}], [{"step": 0, "x": 3.0}, {"step": 1, "x": 5.0}]], "x")
     ([0, 1], [1.0, 5.0], [2.0, 5.0], [3.0, 5.0])
 
     Args:

@@ -132,9 +132,11 @@ def interval(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the two ends of a percentile interval.
 
-    >>> low, high = interval(np.arange(101.0))
+    Where all values are equal, all right or all wrong say, it has no width, however few they are.
+
+    >>> low, high = interval(np.arange(101.0), level=0.5)
     >>> float(low), float(high)
-    (2.5, 97.5)
+    (25.0, 75.0)
 
     Args:
         means: shape (B, ...), of ``bootstrap_means``.

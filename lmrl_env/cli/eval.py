@@ -79,10 +79,16 @@ def eval_command(models: tuple[str, ...], output: Path | None, **options: Any) -
         )
     if len(set(models)) < len(models):
         raise click.UsageError(f"--model {' --model '.join(models)}: expected each of them once")
+    from lmrl_env.errors import ConfigurationError
     from lmrl_env.grading import Grader
     from lmrl_env.suite import EvalSettings, SuitePrompts, choose_template, load_suite
     from lmrl_env.verifiers import verifier_for
 
+    folder = output or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
+    if (folder / "samples.jsonl").exists():
+        raise ConfigurationError(
+            f"--output {str(folder)!r} already holds an evaluation: name another folder"
+        )
     as_json, suite_text, limit = options["as_json"], options["suite"], options["limit"]
     settings = EvalSettings(**{key: options[key] for key in EvalSettings._fields})
     suite = load_suite(suite_text, limit)
@@ -93,7 +99,6 @@ def eval_command(models: tuple[str, ...], output: Path | None, **options: Any) -
         for model in models
     ]
     verifier = options["verifier"] or verifier_for(prompts[0].template.answer_format)
-    folder = output or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
     with Grader(verifier) as grader:
         grader.start()
         _begin(folder, _config(prompts, settings, suite_text, limit, grader.verifier))
@@ -133,12 +138,7 @@ def _config(
 
 
 def _begin(folder: Path, config: dict[str, Any]) -> None:
-    from lmrl_env.errors import ConfigurationError
-
-    if (folder / "samples.jsonl").exists():
-        raise ConfigurationError(
-            f"--output {str(folder)!r} already holds an evaluation: name another folder"
-        )
+    """Write the record of an evaluation, and warn of questions that are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "samples.jsonl").touch()

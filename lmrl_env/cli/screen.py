@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 200
 """Columns where the output is no terminal, so that a table in a file is whole."""
 
+_BEGINS_NUMBER = ("", *"0123456789+-–")
+
 
 def print_table(table: Table) -> None:
     """Print a table to the standard output."""
     console = Console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    shown = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", pad_edge=False)
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", pad_edge=False
+    )
     for i, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="right" if i else "left", overflow="fold")
+        is_number = all(row[i][:1] in _BEGINS_NUMBER for row in table.rows)
+        shown.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for row in table.rows:
-        shown.add_row(*map(_plain, row))
+        shown.add_row(*map(escape, row))
     console.print(shown)
     for note in table.notes:
         console.print(note, style="dim", markup=False, highlight=False)
@@ -40,9 +46,3 @@ def print_json(value: Any) -> None:
 def warn(text: str) -> None:
     """Print a warning to the standard error, in red where colours are shown."""
     click.secho(f"Warning: {text}", fg="red", bold=True, err=True)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

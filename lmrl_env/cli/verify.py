@@ -54,9 +54,9 @@ def verify_command(
     if as_json:
         print_json({**shown, "numbers": [None if x is None else str(x) for x in numbers]})
     else:
-        for key in ("status", "score", "extracted", "gold", "detail", "verifier"):
-            value = " or ".join(answers) if key == "gold" else shown[key]
-            click.echo(f"{key + ':':<11}{value}")
+        for key, value in {**shown, "gold": " or ".join(answers)}.items():
+            if value not in (None, ""):
+                click.echo(f"{key + ':':<11}{value}")
         for t, number in zip((verdict.extracted, *answers), numbers, strict=True):
             if number is not None:
                 click.echo(f"           {t} is the number {number}")
