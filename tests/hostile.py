@@ -57,7 +57,7 @@ def large_functions(draw: random.Random, size: int) -> str:
             rf"\sqrt[{n}]{{2}} + \sqrt[{n + 1}]{{3}}",
             rf"\gcd({n}^{{999}}, {n - 1}^{{998}})",
             rf"e^{{e^{{e^{{{draw.randint(5, 99)}}}}}}}",
-            rf"\frac{{d}}{{dx}} x^{{x^{{x^{{x}}}}}}",
+            r"\frac{d}{dx} x^{x^{x^{x}}}",
             f"{draw.randint(2, 9)}^{{{n}}} \\mod {draw.randint(2, 99)}",
         ]
     )

@@ -1,4 +1,7 @@
-"""Responses made to break, stop or deceive a grader; ``benchmarks/bench_hostile.py`` has them all."""
+"""Responses made to break, stop or deceive a grader: a part of them.
+
+``benchmarks/bench_hostile.py`` has them all.
+"""
 
 import time
 from collections import Counter

@@ -77,7 +77,7 @@ def llm_judge(
     parts = {
         "question": question.question if question else "(not given)",
         "gold": "\n".join(all_golds(answer)),
-        "response": after_thinking(response)[-_LONGEST_RESPONSE:],
+        "response": after_thinking(response).strip()[-_LONGEST_RESPONSE:],
     }
     text = re.sub(r"\{(question|gold|response)\}", lambda field: parts[field[1]], prompt)
     body: dict[str, Any] = {

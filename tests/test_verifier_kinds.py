@@ -1,0 +1,237 @@
+"""Verifiers beside the mathematical ones: what the labelled cases do not say of them."""
+
+import functools
+import re
+
+import pytest
+import scripted_verifiers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmrl_env import verifiers
+from lmrl_env.errors import ConfigurationError
+from lmrl_env.grading import Grader
+from lmrl_env.types import Question
+from lmrl_env.verifiers import boxed_math, choice, code, exact, last_number, numeric, regex
+from lmrl_env.verifiers.paths import load_verifier, verifier_path
+
+PROGRAM = "```python\ndef square(x):\n    return {}\n```"
+
+
+# --- what a verdict says
+
+
+def test_a_wrong_answer_says_what_was_expected():
+    assert exact("a", ("b", "c")) == (0.0, "wrong", "a", "expected b or c")
+    assert last_number("it is 3", "4") == (0.0, "wrong", "3", "expected 4")
+    assert numeric("it is 3", "4") == (0.0, "wrong", "3", "expected 4")
+    assert choice("(C)", "B") == (0.0, "wrong", "C", "expected B")
+    assert regex("a1", "2", pattern=r"\d") == (0.0, "wrong", "1", "expected 2")
+
+
+def test_a_missing_answer_says_what_is_missing():
+    assert last_number("none", "4").detail == "no number"
+    assert numeric(r"\boxed{x}", "4") == (0.0, "unparseable", "x", "the answer is not a number")
+    assert choice("perhaps", "B").detail == "no letter of a choice"
+    assert regex("a", "2", pattern=r"\d").detail == r"nothing matches \d"
+    assert code("none", "assert True").detail == "no fenced block of Python"
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ("x + x", "test 2 of 3: assert square(3) == 9: got 6"),
+        ("x * x * (x < 9)", "test 3 of 3: AssertionError: not 81"),
+        ("1 / 0", "test 1 of 3: ZeroDivisionError: division by zero"),
+        ("exit()", "test 1 of 3: ended with exit status 0"),
+        ("[x for x in iter(int, 1)]", "test 1 of 3: more than 0.3 s"),
+        ("print('x' * 10 ** 8)", "test 1 of 3: assert square(2) == 4: got None"),
+    ],
+)
+def test_a_program_is_told_which_test_it_fails(body, detail):
+    tests = ["assert square(2) == 4", "assert square(3) == 9"]
+    tests.append("for i in (0, 9):\n    assert square(i) == i * i, f'not {i * i}'")
+    row = Question("row", "?", "", {"tests": tests})
+    verdict = code(PROGRAM.format(body), "", question=row, timeout=0.3, memory_limit=2**28)
+    assert verdict == (0.0, "wrong", f"def square(x):\n    return {body}\n", detail)
+
+
+def test_a_program_is_told_what_it_should_have_written():
+    row = Question("row", "?", "", {"tests": [{"input": "2", "output": "4\n"}]})
+    assert code("```\nprint(5)\n```", "", question=row).detail == (
+        "test 1 of 1: wrote '5\\n', expected '4\\n'"
+    )
+    for written in (r"'4  \n\n'", "'4'"):
+        assert code(f"```\nprint({written})\n```", "", question=row).status == "correct"
+
+
+def test_what_a_test_expects_does_not_enter_the_process_of_the_program():
+    spy = "import gc, sys\ndef f(x):\n    known = str(gc.get_objects()) + str(sys.argv)\n"
+    spy += "    return 'seen' if '7878637'[::-1] in known else 'not seen'"
+    fenced = f"```python\n{spy}\n```"
+    assert "got 'not seen'" in code(fenced, "assert f(1) == 7368787").detail
+    assert "got 'seen'" in code(fenced, "assert f(7368787) == 1").detail  # it can see
+
+
+# --- tolerance
+
+
+@settings(max_examples=60)
+@given(
+    st.decimals(-1000, 1000, places=3),
+    st.decimals(-1000, 1000, places=3),
+    st.integers(0, 20).map(lambda n: n / 16),
+)
+def test_a_number_is_right_within_the_relative_tolerance(value, gold, tolerance):
+    verdict = numeric(str(value), str(gold), tolerance=tolerance)
+    assert (verdict.score == 1) == (abs(value - gold) * 16 <= int(tolerance * 16) * abs(gold))
+
+
+def test_a_row_with_an_error_sets_an_absolute_tolerance():
+    def status(value, error):
+        row = Question("row", "?", "100", {"error": error})
+        return numeric(value, "100", question=row, tolerance=0.5).status
+
+    assert [status("102", error) for error in ("2", 2, "2e0", "1.9", 0)] == (
+        ["correct"] * 3 + ["wrong"] * 2
+    )
+    assert [status("149", error) for error in (None, "")] == ["correct"] * 2
+
+
+@pytest.mark.parametrize("error", ["much", "-1", "1.2.3", [1]])
+def test_an_error_that_is_no_number_is_refused(error):
+    with pytest.raises(ConfigurationError, match=rf"error={re.escape(repr(error))} in the row of"):
+        numeric("1", "1", question=Question("row", "?", "1", {"error": error}))
+
+
+def test_what_numeric_cannot_mean_is_refused():
+    with pytest.raises(ConfigurationError, match="tolerance=-1: expected a number that is at"):
+        numeric("1", "1", tolerance=-1)
+    with pytest.raises(ConfigurationError, match="gold 'blue': expected a number"):
+        numeric("1", "blue")
+
+
+@pytest.mark.parametrize("tests", [[3], [{"input": "1"}], 5])
+def test_tests_of_another_form_are_refused(tests):
+    with pytest.raises(ConfigurationError, match="expected Python that raises if the program"):
+        code("```\nx\n```", "", question=Question("row", "?", "", {"tests": tests}))
+
+
+def test_code_without_tests_is_refused():
+    with pytest.raises(ConfigurationError, match="no tests: expected a column 'tests'"):
+        code("```\nx\n```", "")
+
+
+# --- verifiers with arguments, in other processes
+
+
+@pytest.mark.parametrize(
+    ("verifier", "path"),
+    [
+        (boxed_math, "lmrl_env.verifiers:boxed_math"),
+        ("boxed_math", "lmrl_env.verifiers:boxed_math"),
+        ("numeric(tolerance=0.5)", "lmrl_env.verifiers:numeric(tolerance=0.5)"),
+        ("numeric( tolerance = .5 )", "lmrl_env.verifiers:numeric(tolerance=0.5)"),
+        ("numeric()", "lmrl_env.verifiers:numeric"),
+        (
+            functools.partial(regex, pattern=r"\((\d+)\)"),
+            r"lmrl_env.verifiers:regex(pattern='\\((\\d+)\\)')",
+        ),
+        (
+            functools.partial(code, timeout=1.0, memory_limit=2**28),
+            "lmrl_env.verifiers:code(memory_limit=268435456, timeout=1.0)",
+        ),
+        (scripted_verifiers.scripted, "scripted_verifiers:scripted"),
+    ],
+)
+def test_a_path_names_a_verifier_and_its_arguments(verifier, path):
+    assert verifier_path(verifier) == verifier_path(path) == path
+    loaded = load_verifier(path)
+    function = getattr(loaded, "func", loaded)
+    assert function.__module__.startswith(path.split(":")[0])
+    if isinstance(verifier, functools.partial):
+        assert (function, loaded.keywords) == (verifier.func, verifier.keywords)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["pattern", "x", "y"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ).filter(lambda value: "inf" not in repr(value)),
+    )
+)
+def test_any_arguments_come_through_a_path(arguments):
+    loaded = load_verifier(verifier_path(functools.partial(regex, **arguments)))
+    assert getattr(loaded, "keywords", {}) == arguments
+
+
+@pytest.mark.parametrize(
+    ("verifier", "message"),
+    [
+        (
+            functools.partial(regex, pattern=re.compile("x")),
+            "argument pattern=re.compile.*cannot be sent",
+        ),
+        (functools.partial(numeric, "response"), "positional arguments: name them"),
+        (functools.partial(lambda response, answer: None), "top level of a module"),
+        ("numeric(0.5)", "cannot be imported by name"),
+        ("numeric(tolerance=x)", "cannot be imported by name"),
+        ("numeric(tolerance=0.5", "cannot be imported by name"),
+        ("a b:c", "cannot be imported by name"),
+    ],
+)
+def test_a_path_that_no_worker_can_follow_is_refused_at_once(verifier, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Grader(verifier)
+
+
+def test_a_worker_gets_the_arguments():
+    row = Question("row", "?", "", {"tests": ["assert square(3) == 9"]})
+    for verifier, response, answer, question in (
+        (functools.partial(numeric, tolerance=0.1), "10.5", "10", None),
+        ("regex(pattern='<<(.*)>>')", "<<yes>>", ["no", "yes"], None),
+        ("code(timeout=5.0)", PROGRAM.format("x * x"), "", row),
+    ):
+        with Grader(verifier, workers=1) as grader:
+            assert grader.grade([response], [answer], [question])[0].status == "correct"
+
+
+def test_a_verifier_that_raises_is_a_crash_with_the_reason():
+    with Grader("numeric(tolerance=-1)", workers=1) as grader:
+        verdict = grader.grade(["3"], ["3"])[0]
+    assert verdict.status == "crash"
+    assert "tolerance=-1: expected a number that is at least 0" in verdict.detail
+
+
+def test_a_grader_counts_its_verdicts_by_status():
+    with Grader("scripted_verifiers:scripted", timeout=0.2) as grader:
+        assert grader.counts == {}
+        grader.grade(["ok", "no", "raise x", "compute", "ok"], ["ok"] * 5)
+        grader.grade(["ok"], ["ok"])
+        assert grader.counts == {"correct": 3, "wrong": 1, "crash": 1, "timeout": 1}
+
+
+def test_any_one_of_several_gold_answers_suffices_for_every_verifier():
+    right = {
+        "boxed_math": r"\boxed{12}",
+        "answer_tag_math": "</think><answer>12</answer>",
+        "math_answer": r"\boxed{12}",
+        "last_number": "12",
+        "numeric": "12",
+        "exact": "12",
+        "regex(pattern='x(.*)')": "x12",
+    }
+    for path, response in right.items():
+        verifier = load_verifier(path)
+        assert verifier(response, ("11", "12")).status == "correct", path
+        assert verifier(response, ["12", "11"]).status == "correct", path
+        assert verifier(response, ("11", "13")).status == "wrong", path
+    assert choice("B", ("A", "B")).status == "correct"
+    assert code(PROGRAM.format(4), ("assert square(1) == 1", "assert square(2) == 4")).score == 1
+    assert set(verifiers.__all__) >= {path.partition("(")[0] for path in right}
