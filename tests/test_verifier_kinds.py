@@ -37,6 +37,11 @@ def test_a_missing_answer_says_what_is_missing():
     assert code("none", "assert True").detail == "no fenced block of Python"
 
 
+@pytest.mark.parametrize("verifier", [last_number, numeric, exact, choice])
+def test_thinking_alone_is_no_answer(verifier):
+    assert verifier("it is (4) </think>", "4").status == "unparseable"
+
+
 @pytest.mark.parametrize(
     ("body", "detail"),
     [

@@ -37,8 +37,8 @@ def last_box(text: str) -> str | None:
 
 def after_thinking(text: str) -> str:
     """Return what follows the first ``</think>``, or the whole text where there is none."""
-    before, _, after = text.partition("</think>")
-    return after or before
+    before, closed, after = text.partition("</think>")
+    return after if closed else before
 
 
 def marked_answer(response: str) -> str | None:

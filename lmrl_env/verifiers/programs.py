@@ -63,12 +63,13 @@ def code(
     if program is None or not program.strip():
         return Verdict(0.0, "unparseable", program, "no fenced block of Python")
     suites = _suites(answer, question)
-    failure = ""
+    detail = ""
     for suite in suites:
-        failure = _run_suite(program, suite, timeout, memory_limit)
-        if not failure:
+        failure = next(_failures(program, suite, timeout, memory_limit), None)
+        if failure is None:
             return Verdict(1.0, "correct", program)
-    return Verdict(0.0, "wrong", program, failure)
+        detail = f"test {failure[0] + 1} of {len(suite)}: {failure[1]}"
+    return Verdict(0.0, "wrong", program, detail)
 
 
 def _suites(answer: str | Sequence[str], question: Question | None) -> list[list[Any]]:
@@ -91,23 +92,22 @@ def _suites(answer: str | Sequence[str], question: Question | None) -> list[list
     return suites
 
 
-def _run_suite(program: str, suite: list[Any], timeout: float, memory_limit: int) -> str:
-    """Return how a program fails its tests, or nothing if it passes all of them."""
-    asserted = [(i, test) for i, test in enumerate(suite) if isinstance(test, str)]
-    failures = []
-    if asserted:
-        failures = [_run_asserts(program, asserted, timeout, memory_limit)]
-    for i, test in enumerate(suite):
-        if any(failures):
-            break
-        if not isinstance(test, str):
-            failures.append(_run_on_input(program, i, test, timeout, memory_limit))
-    failure = next(filter(None, failures), None)
-    return "" if failure is None else f"test {failure[0] + 1} of {len(suite)}: {failure[1]}"
-
-
 Failure = tuple[int, str]
 """The index of the test that failed, and how."""
+
+
+def _failures(
+    program: str, suite: list[Any], timeout: float, memory_limit: int
+) -> Iterator[Failure]:
+    """Run the tests, those in Python first, and yield those that fail."""
+    asserted = [(i, test) for i, test in enumerate(suite) if isinstance(test, str)]
+    if asserted and (failure := _run_asserts(program, asserted, timeout, memory_limit)):
+        yield failure
+    for i, test in enumerate(suite):
+        if not isinstance(test, str) and (
+            failure := _run_on_input(program, i, test, timeout, memory_limit)
+        ):
+            yield failure
 
 
 def _run_on_input(
