@@ -232,8 +232,8 @@ PROGRAMS = {
     "reads the driver": "import sys, gc\nprint([x for x in gc.get_objects() if type(x) is dict])",
     "forges the protocol": "import sys\nfor i in range(99):\n    print('0' * 32 + '\"7\"')",
     "forges from within": "import sys\ndef f(x):\n    g = sys._getframe(1)\n    while g:\n"
-    "        if 'setup' in g.f_globals:\n"
-    "            print(g.f_globals['setup']['token'] + '\"7\"', file=sys.__stdout__)\n"
+    "        if 'token' in g.f_locals:\n"
+    "            print(g.f_locals['token'] + '\"7\"', file=sys.__stdout__)\n"
     "        g = g.f_back\n    return 0",
     "kills its parent": "import os\nos.kill(os.getppid(), 9)",
     "kills its parent beneath": "import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)",
@@ -255,7 +255,7 @@ PROGRAMS = {
 }
 TESTS: tuple[list[object], ...] = (
     [f"assert f(3) == {GOLD}"],
-    [f"y = f(3)\nassert type(y) is int and y == {GOLD}"],
+    [f"import math\ny = f(3)\nassert y == {GOLD}", f"assert math.floor(f(3)) == {GOLD}"],
     [{"input": "3\n", "output": GOLD}],
 )
 

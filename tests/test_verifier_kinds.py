@@ -78,6 +78,13 @@ def test_what_a_test_expects_does_not_enter_the_process_of_the_program():
     assert "got 'seen'" in code(fenced, "assert f(7368787) == 1").detail  # it can see
 
 
+def test_lines_between_the_comparisons_run_in_their_order():
+    test = "import math\nx = math.sqrt(16)\nassert square(x) == 16\nx += 1\nassert square(x) == 25"
+    assert code(PROGRAM.format("x * x"), test).status == "correct"
+    assert code(PROGRAM.format("16"), test).detail.endswith("assert square(x) == 25: got 16")
+    assert code(PROGRAM.format("x * x"), f"{test}\nassert x != 5").status == "wrong"
+
+
 # --- tolerance
 
 

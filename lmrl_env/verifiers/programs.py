@@ -33,10 +33,11 @@ def code(
     what it must write up to white space at the ends of lines. All tests must pass. Without that
     column, each gold answer is a test of the first kind, and any one suffices.
 
-    The program runs in ``sandbox.run_python``. What a test expects does not enter its process
-    where the test is an ``output``, or ``assert expression == literal``. Any other test runs
-    beside the program, which could tamper with it if it meant to. A program that is too slow or
-    crashes is wrong; the verifier itself neither waits nor crashes.
+    The program runs in ``sandbox.run_python``; one that is too slow or crashes is wrong. What a
+    test expects does not enter its process where the test is an ``output``, or where the line is
+    ``assert expression == literal``: such tests cannot be tampered with. Any other line runs
+    beside the program, which passes it if it sets out to, for instance by an object that is equal
+    to everything: write tests in those two forms where a policy is trained on them.
 
     >>> block = "```python\ndef double(x):\n    return 2 * x\n```"
     >>> code(block, "assert double(2) == 4").status
@@ -142,15 +143,17 @@ class _Step(NamedTuple):
 
 
 _DRIVER = """
-import contextlib, io, json, sys
-out = sys.stdout
-space = {{"__name__": "program"}}
-with contextlib.redirect_stdout(io.StringIO()):
-    exec(compile({program!r}, "program.py", "exec"), space)
-    setup = json.loads(sys.stdin.read())
-    for mode, source in setup["steps"]:
-        value = eval(compile(source, "test", mode), space)
-        print(setup["token"] + json.dumps(repr(value)), file=out, flush=True)
+def main():
+    import contextlib, io, json, sys
+    out, space = sys.stdout, {{"__name__": "program"}}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile({program!r}, "program.py", "exec"), space)
+        token, steps = json.loads(sys.stdin.read())
+        for mode, source in steps:
+            value = eval(compile(source, "test", mode), space)
+            print(token + json.dumps(repr(value)), file=out, flush=True)
+
+main()
 """
 
 
@@ -160,7 +163,7 @@ def _run_asserts(
     """Run tests that are Python beside the program, and compare the values that they name."""
     steps = [step for index, test in tests for step in _steps(index, test)]
     token = secrets.token_hex(16)  # the program cannot say that it passed before the tests begin
-    setup = {"token": token, "steps": [(step.mode, step.source) for step in steps]}
+    setup = (token, [(step.mode, step.source) for step in steps])
     result = run_python(
         _DRIVER.format(program=program),
         stdin=json.dumps(setup),
@@ -178,15 +181,19 @@ def _run_asserts(
 
 
 def _steps(index: int, test: str) -> Iterator[_Step]:
-    """Cut a test into the expressions that it compares with literals, if it does only that."""
-    tree = ast.parse(test)
-    compared = [_compared_with_literal(statement) for statement in tree.body]
-    if not tree.body or None in compared:
-        yield _Step(index, test, "exec")
-        return
-    for pair in compared:
-        assert pair is not None
+    """Cut a test into expressions to compare with literals, and what stands between them."""
+    others: list[ast.stmt] = []
+    for statement in ast.parse(test).body:
+        pair = _compared_with_literal(statement)
+        if pair is None:
+            others.append(statement)
+            continue
+        if others:
+            yield _Step(index, ast.unparse(ast.Module(others, [])), "exec")
+            others = []
         yield _Step(index, pair[0], "eval", pair[1])
+    if others:
+        yield _Step(index, ast.unparse(ast.Module(others, [])), "exec")
 
 
 def _compared_with_literal(statement: ast.stmt) -> tuple[str, Any] | None:
