@@ -30,7 +30,7 @@ from lmrl_env.suite import (
 )
 from lmrl_env.summary import compare, summarise
 from lmrl_env.tables import markdown, summary_table
-from lmrl_env.templates import R1
+from lmrl_env.templates import NONE, R1
 from lmrl_env.tokenizer import TINY_MODEL, load_tokenizer
 
 BUDGET = 48
@@ -174,11 +174,17 @@ def test_an_unknown_template_is_refused_by_name():
 # --- samples
 
 
-def test_an_evaluation_pays_what_training_pays(grader):
+@pytest.mark.parametrize(
+    ("env_id", "template", "verifier"),
+    [("MathR1-v0", R1, "answer_tag_math"), ("MathPlain-v0", NONE, "math_answer")],
+    ids=["stop string", "EOS"],
+)
+def test_an_evaluation_pays_what_training_pays(env_id, template, verifier):
     suite = load_suite("arithmetic:size=24")
-    samples = draw(suite, grader, n=3)
+    with Grader(verifier, workers=1) as grader:
+        samples = draw(suite, grader, n=3, template=template)
     envs = gym.make_vec(
-        "MathR1-v0", 72, model="tiny", engine="local", questions="arithmetic:size=24",
+        env_id, 72, model="tiny", engine="local", questions="arithmetic:size=24",
         split="heldout", group_size=3, max_new_tokens=BUDGET, tokens_per_step=BUDGET,
         autoreset_mode="Disabled",
     )  # fmt: skip
