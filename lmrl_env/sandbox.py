@@ -51,13 +51,13 @@ def run_python(
     directory, without the environment variables and the open files of the caller.
 
     What the kernel enforces on every Unix: processor time, wall clock, memory (not on macOS) and
-    the size of every file. On Linux with an x86-64 processor it also refuses, by a filter of
-    system calls that no program can take off: sockets, new processes, signals to other processes,
-    and every change to the file system. Where the system lets any user make namespaces, the
-    program has no network and cannot read the memory or environment of other processes. Elsewhere
-    Python itself refuses the same, which stops an honest mistake but not an attack. Nowhere is
-    reading prevented of files that the user of this process may read, and no filter replaces a
-    virtual machine where an attacker, not a model, writes the programs.
+    the size of every file. Where it is Linux on an x86-64 processor, and lets a process filter its
+    system calls, it also refuses sockets, new processes, signals to other processes, and every
+    change to the file system; no program can take that off. Where any user may make namespaces,
+    the program has no network and cannot read the memory or environment of other processes.
+    Elsewhere Python itself refuses the same, which stops an honest mistake but not an attack.
+    Nowhere is a program kept from reading the files that the user of this process may read, and
+    nothing here replaces a virtual machine where an attacker, not a model, writes the programs.
 
     >>> run_python("print(6 * 7)")
     SandboxResult(status='ok', stdout='42\n', stderr='', returncode=0)
