@@ -59,6 +59,8 @@ class Args:
     """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
+    rollout_parts: int = 1
+    """parts of a rollout: one is graded while the next is sampled; for slow verifiers"""
     on_verifier_error: Literal["zero", "drop", "stop"] = "zero"
     """where the verifier timed out or crashed: pay 0, drop the group, or stop the run"""
     lr: float = 2e-4
@@ -207,6 +209,7 @@ def main(args: Args) -> None:
             question_ids=plan.question_ids(step, len(env.prompts)),
             seeds=plan.seeds(step),
             temperature=args.temperature,
+            parts=args.rollout_parts,
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
         batch = run.settle_verifier_errors(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lmrl_env.env import NO_TOKEN, TokenVectorEnv, unwrap
 from lmrl_env.errors import ConfigurationError
-from lmrl_env.types import Completion, Sampling
+from lmrl_env.types import Sampling
 from lmrl_env.verifiers import Status
 
 if TYPE_CHECKING:
@@ -172,12 +173,17 @@ def rollout(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = -1,
+    parts: int = 1,
 ) -> Rollout:
     """Play one episode in every slot.
 
     The engine writes until its own stop, the environment takes that as one step of K tokens. A
     slot that is not finished then (a wrapper inserted tokens, say) is written on from its state;
     one whose budget is full takes a step without tokens, which truncates it.
+
+    In several parts, the environment steps with one part, and its wrappers grade it, in a thread
+    while the engine writes the next; the slots of the others take no token in that step. That
+    hides slow verifiers, at the price of smaller batches for the engine.
 
     Args:
         envs: a ``TokenVectorEnv`` in any wrappers, with ``autoreset_mode="Disabled"`` and
@@ -188,78 +194,138 @@ def rollout(
         temperature: divides the logits.
         top_p: nucleus mass; 1 keeps the support whole, as importance ratios need it.
         top_k: tokens kept; -1 keeps all.
+        parts: of the groups, at least 1.
 
     Raises:
-        ConfigurationError: if the environment autoresets or takes fewer tokens a step.
+        ConfigurationError: if the environment autoresets or takes fewer tokens a step, or for
+            less than one part.
     """
     env = _rollout_env(envs)
-    n, k = env.num_envs, env.max_new_tokens
-    sampling = Sampling(k, temperature, top_p, top_k, env.template.stop + env.pause_strings)
+    if parts < 1:
+        raise ConfigurationError(f"parts={parts}: expected at least 1")
+    stop = env.template.stop + env.pause_strings
+    sampling = Sampling(env.max_new_tokens, temperature, top_p, top_k, stop)
     observations, _ = envs.reset(options={"question_ids": question_ids})
-    prompt_lengths = observations["length"]
-    prompt_ids = observations["input_ids"][:, : prompt_lengths.max()]
-    returns, dense, done = np.zeros(n), np.zeros((n, k)), np.zeros(n, dtype=np.bool_)
-    terminated, mask = np.zeros(n, dtype=np.bool_), np.zeros((n, k), dtype=np.bool_)
-    logprobs, versions = np.zeros((n, k), np.float32), np.full(n, -1, dtype=np.int64)
-    texts: dict[str, list[Any]] = {key: [""] * n for key in ("response", "answer", STATUS)}
-    sample_seconds = env_seconds = 0.0
+    episodes = _Episodes(observations, seeds, env.max_new_tokens)
     group_size = env.group_size  # at first all slots of a group stand at the same prompt
-
-    while not done.all():
-        started = time.perf_counter()
-        written = observations["length"] - prompt_lengths
-        actions = np.full((n, k), NO_TOKEN, dtype=np.int32)
-        for start in np.unique(written[~done & (written < k)]):  # at first 0 alone
-            slots = np.flatnonzero(~done & (written == start))
-            states = [
-                observations["input_ids"][slot, : observations["length"][slot]].tolist()
-                for slot in slots[::group_size]
-            ]
-            budget = sampling._replace(max_new_tokens=k - int(start))
-            completions = engine.generate(states, budget, group_size, seeds[slots].tolist())
-            for slot, completion in zip(slots, completions, strict=True):
-                _write(slot, completion, start, actions, logprobs)
-                versions[slot] = completion.version if versions[slot] < 0 else versions[slot]
-        sampled = time.perf_counter()
-        observations, rewards, terminations, truncations, info = envs.step(actions)
-        sample_seconds += sampled - started
-        env_seconds += time.perf_counter() - sampled
-        returns += rewards
-        terminated |= terminations
-        ended = terminations | truncations
-        done |= ended
-        for key, values in texts.items():
-            for slot in np.flatnonzero(ended) if key in info else ():
-                values[slot] = info[key][slot]
-        if ended.any():
-            mask[ended] = info["response_mask"][ended]
-            if "token_rewards" in info:
-                dense[ended] = info["token_rewards"][ended]
-        group_size, seeds = 1, seeds + 1
-
-    response_lengths = observations["length"] - prompt_lengths
-    response_ids = np.zeros((n, k), dtype=np.int32)
-    for slot in range(n):
-        start, stop = prompt_lengths[slot], observations["length"][slot]
-        response_ids[slot, : stop - start] = observations["input_ids"][slot, start:stop]
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_lengths=prompt_lengths,
-        response_ids=response_ids,
-        response_lengths=response_lengths,
-        mask=mask,
-        sampling_logprobs=np.where(mask, logprobs, np.float32(0)),
-        rewards=returns,
-        dense_rewards=dense,
-        terminated=terminated,
+    sample_seconds = env_seconds = 0.0
+    with ThreadPoolExecutor(1) as background:
+        while not episodes.done.all():
+            started = time.perf_counter()
+            groups = np.flatnonzero(~episodes.done).reshape(-1, group_size)
+            *first, last = [part.ravel() for part in np.array_split(groups, parts) if part.size]
+            steps = []
+            for slots in first:
+                actions = episodes.sample(engine, sampling, slots, group_size)
+                steps.append(background.submit(envs.step, actions))
+            actions = episodes.sample(engine, sampling, last, group_size)
+            sampled = time.perf_counter()
+            for slots, step in zip(first, steps, strict=True):
+                episodes.take(slots, *step.result())
+            episodes.take(last, *envs.step(actions))
+            sample_seconds += sampled - started
+            env_seconds += time.perf_counter() - sampled
+            group_size = 1
+    return episodes.rollout(
         question_ids=np.repeat(np.asarray(question_ids, dtype=np.int64), env.group_size),
-        versions=versions,
-        responses=texts["response"],
-        answers=texts["answer"],
-        verifier_status=texts[STATUS],
         sample_seconds=sample_seconds,
         env_seconds=env_seconds,
     )
+
+
+class _Episodes:
+    """One episode in every slot, as far as it has been played."""
+
+    def __init__(self, observations: dict[str, Any], seeds: npt.NDArray[np.int64], budget: int):
+        n, self.budget = len(seeds), budget
+        self.observations = {key: values.copy() for key, values in observations.items()}
+        self.seeds = seeds.copy()
+        self.prompt_lengths = observations["length"].copy()
+        self.prompt_ids = observations["input_ids"][:, : self.prompt_lengths.max()].copy()
+        self.done, self.terminated = np.zeros((2, n), dtype=np.bool_)
+        self.mask = np.zeros((n, budget), dtype=np.bool_)
+        self.logprobs = np.zeros((n, budget), dtype=np.float32)
+        self.returns, self.dense = np.zeros(n), np.zeros((n, budget))
+        self.versions = np.full(n, -1, dtype=np.int64)
+        self.texts: dict[str, list[Any]] = {key: [""] * n for key in ("response", "answer", STATUS)}
+
+    def sample(
+        self, engine: Engine, sampling: Sampling, slots: npt.NDArray[np.int64], group_size: int
+    ) -> npt.NDArray[np.int32]:
+        """Let the engine go on with some slots, and return the actions, without a token elsewhere.
+
+        Args:
+            engine: samples.
+            sampling: with the whole budget.
+            slots: that are not done.
+            group_size: number of adjacent ones that stand at the same state.
+        """
+        actions = np.full(self.mask.shape, NO_TOKEN, dtype=np.int32)
+        written = (self.observations["length"] - self.prompt_lengths)[slots]
+        for start in np.unique(written[written < self.budget]):  # at first 0 alone
+            chosen = slots[written == start]
+            states = [
+                self.observations["input_ids"][slot, : self.observations["length"][slot]].tolist()
+                for slot in chosen[::group_size]
+            ]
+            rest = sampling._replace(max_new_tokens=self.budget - int(start))
+            completions = engine.generate(states, rest, group_size, self.seeds[chosen].tolist())
+            for slot, completion in zip(chosen, completions, strict=True):
+                room = min(len(completion.token_ids), self.budget - start)
+                actions[slot, :room] = completion.token_ids[:room]
+                self.logprobs[slot, start : start + room] = completion.logprobs[:room]
+                if self.versions[slot] < 0:
+                    self.versions[slot] = completion.version
+        self.seeds[slots] += 1
+        return actions
+
+    def take(
+        self,
+        slots: npt.NDArray[np.int64],
+        observations: dict[str, Any],
+        rewards: npt.NDArray[np.float64],
+        terminations: npt.NDArray[np.bool_],
+        truncations: npt.NDArray[np.bool_],
+        info: dict[str, Any],
+    ) -> None:
+        """Take over what a step says of some slots."""
+        for key, values in observations.items():
+            self.observations[key][slots] = values[slots]
+        self.returns[slots] += rewards[slots]
+        self.terminated[slots] |= terminations[slots]
+        ended = slots[(terminations | truncations)[slots]]
+        self.done[ended] = True
+        for key, texts in self.texts.items():
+            for slot in ended if key in info else ():
+                texts[slot] = info[key][slot]
+        if len(ended):
+            self.mask[ended] = info["response_mask"][ended]
+            if "token_rewards" in info:
+                self.dense[ended] = info["token_rewards"][ended]
+
+    def rollout(self, **others: Any) -> Rollout:
+        """Return the batch, with the fields that only ``rollout`` knows."""
+        lengths = self.observations["length"] - self.prompt_lengths
+        response_ids = np.zeros(self.mask.shape, dtype=np.int32)
+        for slot, (start, length) in enumerate(zip(self.prompt_lengths, lengths, strict=True)):
+            written = self.observations["input_ids"][slot, start : start + length]
+            response_ids[slot, :length] = written
+        return Rollout(
+            prompt_ids=self.prompt_ids,
+            prompt_lengths=self.prompt_lengths,
+            response_ids=response_ids,
+            response_lengths=lengths,
+            mask=self.mask,
+            sampling_logprobs=np.where(self.mask, self.logprobs, np.float32(0)),
+            rewards=self.returns,
+            dense_rewards=self.dense,
+            terminated=self.terminated,
+            versions=self.versions,
+            responses=self.texts["response"],
+            answers=self.texts["answer"],
+            verifier_status=self.texts[STATUS],
+            **others,
+        )
 
 
 def response_seeds(seed: int, step: int, count: int) -> npt.NDArray[np.int64]:
@@ -274,19 +340,6 @@ def response_seeds(seed: int, step: int, count: int) -> npt.NDArray[np.int64]:
         Shape (count,), int64, non-negative; the i-th does not depend on ``count``.
     """
     return np.random.default_rng((seed, step)).integers(2**62, size=count, dtype=np.int64)
-
-
-def _write(
-    slot: int,
-    completion: Completion,
-    start: int,
-    actions: npt.NDArray[np.int32],
-    logprobs: npt.NDArray[np.float32],
-) -> None:
-    """Put a completion into its slot's action, and its log-probs where its tokens will stand."""
-    room = min(len(completion.token_ids), actions.shape[1] - start)
-    actions[slot, :room] = completion.token_ids[:room]
-    logprobs[slot, start : start + room] = completion.logprobs[:room]
 
 
 def _rollout_env(envs: VectorEnv[Any, Any, Any]) -> TokenVectorEnv:

@@ -85,7 +85,8 @@ class Run:
     def __init__(self, args: Any, algorithm_file: str):
         self.args = args
         self.algorithm = Path(algorithm_file).stem
-        for name, least in (("steps", 1), ("eval_questions", 1), ("seed", 0)):
+        bounds = {"steps": 1, "eval_questions": 1, "rollout_parts": 1, "seed": 0}
+        for name, least in bounds.items():
             if getattr(args, name) < least:
                 raise ConfigurationError(
                     f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -127,6 +128,118 @@ class Paying(VectorWrapper):
 def test_rewards_come_through_the_wrappers_of_the_environment():
     _, batch = play(Paying(token_envs(2, tokens_per_step=BUDGET)), lambda seed, turn: [EOS])
     assert batch.rewards.tolist() == [3.0, 3.0]
+
+
+class Dense(VectorWrapper):
+    """Pays 1 for each token x, and says at the end where."""
+
+    def step(self, actions):
+        env = self.unwrapped
+        before = env.response_lengths.copy()
+        observations, rewards, terminated, truncated, info = self.env.step(actions)
+        paid = np.zeros((env.num_envs, BUDGET))
+        for slot in range(env.num_envs):
+            ids, is_action = env.response(slot)
+            paid[slot, : len(ids)] = (ids == PLAIN) & is_action
+            rewards[slot] += paid[slot, before[slot] :].sum()
+        ended = terminated | truncated
+        if ended.any():
+            info["token_rewards"], info["_token_rewards"] = paid, ended
+        return observations, rewards, terminated, truncated, info
+
+
+def test_dense_rewards_stand_at_their_tokens_and_the_rest_of_the_return_at_the_last_action():
+    envs = Inserting(Paying(Dense(token_envs(2, tokens_per_step=BUDGET, group_size=2))))
+
+    def script(seed, turn):
+        return [PLAIN, EOS] if seed == 1 else [PLAIN] if turn == 1 else [PLAIN, EOS]
+
+    _, batch = play(envs, script)
+    # Paying adds 1 a step and 2 at the end: slot 0 takes two steps, and slot 1 is done after one.
+    assert batch.rewards.tolist() == [1 + 1 + 2 + 2, 1 + 1 + 2]
+    assert batch.dense_rewards[0, :6].tolist() == [1, 0, 0, 1, 0, 0]
+    assert batch.token_rewards[0, :6].tolist() == [1, 0, 0, 1, 4, 0]
+    assert batch.token_rewards[1, :6].tolist() == [1, 3, 0, 0, 0, 0]
+    joined = Rollout.concatenate([batch, batch.take([1])])
+    assert joined.token_rewards.sum(axis=1).tolist() == [6, 4, 4]
+
+
+def test_an_engine_stops_where_a_wrapper_wants_to_be_asked():
+    envs = token_envs(1, tokens_per_step=BUDGET)
+    envs.pause_at(["</tool>"])
+    envs.pause_at(["?"])
+    seen = []
+
+    class Listening(ScriptedEngine):
+        def generate(self, prompt_ids, sampling, n, seeds):
+            seen.append(sampling.stop)
+            return super().generate(prompt_ids, sampling, n, seeds)
+
+    rollout(envs, Listening(lambda *_: [EOS]), question_ids=[0], seeds=np.arange(1))
+    assert seen == [("</answer>", "</tool>", "?")]
+
+
+def in_parts(envs, engine, parts):
+    env = envs.unwrapped
+    groups = np.arange(env.num_envs // env.group_size)
+    return rollout(envs, engine, question_ids=groups, seeds=np.arange(env.num_envs), parts=parts)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_a_rollout_in_parts_is_the_rollout_in_one(parts):
+    def script(seed, turn):
+        return [PLAIN] * (seed % 5) + [EOS]
+
+    batches = []
+    for count in (1, parts):
+        envs = Paying(Dense(token_envs(8, tokens_per_step=BUDGET, group_size=2)))
+        engine = ScriptedEngine(script)
+        batches.append(in_parts(envs, engine, count)._replace(sample_seconds=0, env_seconds=0))
+        assert len(engine.calls) == min(count, 4) and all(n == 2 for _, n in engine.calls)
+    assert data_equivalence(*(batch._asdict() for batch in batches))
+
+
+def test_parts_whose_responses_are_interrupted_go_on_together():
+    envs = Inserting(token_envs(4, tokens_per_step=BUDGET, group_size=2))
+    engine = ScriptedEngine(lambda seed, turn: [PLAIN] if (seed, turn) == (0, 1) else [EOS])
+    batch = in_parts(envs, engine, 2)
+    assert engine.calls == [(1, 2), (1, 2), (1, 1)]
+    assert batch.response_ids[0, :4].tolist() == [PLAIN, 5, 6, EOS]
+    assert batch.response_lengths.tolist() == [4, 1, 1, 1] and batch.terminated.all()
+
+
+def test_one_part_is_graded_while_the_engine_writes_the_next():
+    graded = threading.Event()
+
+    class Grading(VectorWrapper):
+        def step(self, actions):
+            result = self.env.step(actions)
+            graded.set()
+            return result
+
+    class Waiting(ScriptedEngine):
+        def generate(self, *args):
+            assert not self.calls or graded.wait(30)  # without overlap it would wait for ever
+            return super().generate(*args)
+
+    envs = Grading(token_envs(2, tokens_per_step=BUDGET))
+    assert in_parts(envs, Waiting(lambda *_: [EOS]), 2).terminated.all()
+
+
+def test_an_error_in_a_part_ends_the_rollout():
+    class Failing(VectorWrapper):
+        def step(self, actions):
+            raise KeyError("step")
+
+    with pytest.raises(KeyError, match="step"):
+        in_parts(
+            Failing(token_envs(4, tokens_per_step=BUDGET)), ScriptedEngine(lambda *_: [EOS]), 2
+        )
+
+
+def test_no_parts_are_refused():
+    with pytest.raises(ConfigurationError, match="parts=0: expected at least 1"):
+        in_parts(token_envs(1, tokens_per_step=BUDGET), None, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,3 +359,14 @@ def test_inserted_tokens_carry_no_gradient_through_the_model(played, scored):
         loss, _ = loss_of("dr_grpo", played[1], micro, seen, logprobs.detach())
         gradients.append(torch.autograd.grad(loss, parameters, retain_graph=True))
     assert all(map(torch.equal, *gradients)) and any(g.any() for g in gradients[0])
+
+
+def test_the_example_shows_a_call_and_its_output(capsys):
+    path = Path(__file__).parents[2] / "examples" / "python_tool.py"
+    spec = importlib.util.spec_from_file_location("python_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    shown = capsys.readouterr().out
+    assert "<output>\n15\n</output>\nSo it is. </think> <answer>15</answer>" in shown
+    assert "reward 1.0" in shown
