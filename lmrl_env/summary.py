@@ -79,7 +79,7 @@ def compare(
         seed: of the bootstrap.
 
     Returns:
-        For each set that both were asked, and for ``mean_over_sets``, the number of common
+        For each set that both were asked, and for ``mean_over_sets`` of several, the number of common
         ``questions``, the ``difference`` of accuracy and the ends of its 95% interval.
     """
     theirs, ours = by_set(base), by_set(other)
@@ -92,7 +92,7 @@ def compare(
         resampled = bootstrap_means(gained, seed=_seed(seed, label))
         differences.append((gained.mean(), resampled))
         table[label] = _difference(len(common), gained.mean(), resampled)
-    if differences:
+    if len(differences) > 1:
         values, means = zip(*differences, strict=True)
         asked = sum(int(row["questions"]) for row in table.values())
         table["mean_over_sets"] = _difference(asked, np.mean(values), np.mean(means, axis=0))
