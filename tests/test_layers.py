@@ -34,6 +34,11 @@ LAYERS = (
         "run",
         "exact",
         "testing",
+        "algorithm_files",
+        "comparison",
+        "analysis",
+        "cli",
+        "__main__",
     ),
     ("",),
 )
