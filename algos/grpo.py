@@ -173,6 +173,9 @@ def policy_loss(
         kl_coef: β, at least 0. Per token and in the loss, k3 has the gradient of no divergence
             of the responses: see ``lmrl_env.kl``.
 
+    Raises:
+        ConfigurationError: for a ``kl_coef`` without ``ref_logprobs``.
+
     Returns:
         The loss, a scalar, and metrics, scalars without gradient that are shares too.
     """
@@ -182,6 +185,8 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # (n, k)
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (n, 1)
+    if kl_coef and ref_logprobs is None:
+        raise ConfigurationError(f"kl_coef={kl_coef} needs ref_logprobs, of the reference policy")
     if ref_logprobs is not None:
         objective = objective - kl_coef * k3(logprobs - ref_logprobs)
     loss = -(objective * mask / lengths).sum() / totals.responses

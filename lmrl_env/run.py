@@ -337,6 +337,8 @@ class Run:
     ) -> dict[str, float]:
         """Give the engine the new weights, and return where the step's time went.
 
+        Sampled tokens per second count those that the batch was left with.
+
         Args:
             policy: as ``prepare`` returned it.
             engine: of this rank.

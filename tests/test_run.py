@@ -34,8 +34,8 @@ KEYS = (
     "step reward/mean length/mean length/correct length/incorrect length/truncated_fraction "
     "reward/zero_variance_groups policy/entropy policy/approx_kl policy/clip_fraction_low "
     "policy/clip_fraction_high policy/grad_norm mismatch/logprob_abs_mean mismatch/logprob_abs_p99 "
-    "mismatch/k3 mismatch/effective_sample_size throughput/sample_tokens_per_s throughput/step_seconds "
-    "time/sample time/verify time/train time/sync"
+    "mismatch/k3 mismatch/effective_sample_size throughput/sample_tokens_per_s "
+    "throughput/step_seconds time/sample time/verify time/train time/sync"
 ).split()
 
 
@@ -274,7 +274,7 @@ def test_help_explains_every_flag():
     for flag in (
         "env model engine questions steps prompts-per-step group-size max-new-tokens temperature "
         "lr warmup-steps weight-decay adam-beta2 max-grad-norm updates-per-step epochs "
-        "clip-eps-low clip-eps-high tis-cap entropy-coef seed eval-every eval-questions checkpoint-every run-dir resume "
-        "save-batch tracker device dtype"
+        "clip-eps-low clip-eps-high tis-cap entropy-coef seed eval-every eval-questions "
+        "checkpoint-every run-dir resume save-batch tracker device dtype"
     ).split():
         assert f"--{flag} " in shown

@@ -1,0 +1,20 @@
+"""The algorithm files as modules, by name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("cispo", "dapo", "dr_grpo", "gspo", "grpo", "lite_ppo", "ppo", "reinforce_pp", "rloo")
+ALGORITHMS = {name: importlib.import_module(f"algos.{name}") for name in NAMES}
+WITHOUT_CRITIC = tuple(name for name in NAMES if name != "ppo")
+BY_GROUP = tuple(name for name in WITHOUT_CRITIC if name != "reinforce_pp")
+WITH_EPS = ("cispo", "dapo", "gspo", "grpo", "lite_ppo", "reinforce_pp")
+
+
+def each(*names: str) -> pytest.MarkDecorator:
+    """Run a test for each of some algorithm files, which it takes as ``name``."""
+    return pytest.mark.parametrize("name", names)
