@@ -28,7 +28,7 @@ from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
 from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.kl import k3
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
 from lmrl_env.run import Run
@@ -108,15 +108,11 @@ class Args:
     kl_coef: float = 0.0
     """of the divergence from the model at the start, in the loss; 0 keeps no such model"""
 
-    # --- shared groups: begin
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigurationError(
-                f"--group-size {self.group_size}: expected at least 2, since a response is "
-                "compared with the others of its group"
-            )
-
-    # --- shared groups: end
+        check_range(self, "group_size", least=2)  # a response is compared with its group's others
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
+        check_range(self, "kl_coef", least=0)
 
 
 def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lmrl_env.errors import ConfigurationError
+from lmrl_env.errors import ConfigurationError, LmrlError
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -99,6 +99,8 @@ def errors_of(name: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except LmrlError as error:
+        raise ConfigurationError(f"the algorithm file {name} cannot use this: {error}") from error
     except Exception as error:
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)

@@ -63,7 +63,7 @@ def compare_command(
     try:
         algorithms = load_algorithms(algo_files or checkout_files())
         rollout, group_size, args = load_batch(batch)
-        output = output or batch.with_name(f"{batch.stem}.compare.png")
+        output = output or batch.with_name(f"{batch.name.removesuffix('.safetensors')}.compare.png")
         if output.suffix != ".png":
             raise ConfigurationError(f"--output {str(output)!r}: expected a file name in .png")
         policy = _load_policy(model or args["model"], rollout, device)

@@ -38,6 +38,7 @@ from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator,
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import evaluate
+from lmrl_env.options import check_range
 from lmrl_env.plotting import plot_curves
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
@@ -83,13 +84,20 @@ class Run:
     def __init__(self, args: Any, algorithm_file: str):
         self.args = args
         self.algorithm = Path(algorithm_file).stem
-        for name, least in (("steps", 1), ("eval_questions", 1), ("seed", 0)):
-            if getattr(args, name) < least:
-                raise ConfigurationError(
-                    f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}"
-                )
-        if args.tis_cap is not None and not args.tis_cap > 0:
-            raise ConfigurationError(f"--tis-cap {args.tis_cap}: expected above 0, as 2")
+        for name in ("steps", "epochs", "eval_questions", "max_new_tokens", "micro_batch_tokens"):
+            check_range(args, name, least=1)
+        for name in (
+            "seed",
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "eval_every",
+            "checkpoint_every",
+        ):
+            check_range(args, name, least=0)
+        for name in ("temperature", "max_grad_norm", "tis_cap"):
+            check_range(args, name, above=0)
+        check_range(args, "adam_beta2", least=0, most=1)
         args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
         self.dir = Path(args.run_dir)
         if not args.resume and (self.dir / "metrics.jsonl").exists():

@@ -57,7 +57,7 @@ def test_these_are_all_the_files():
 @each(*NAMES)
 def test_shared_regions_are_the_same_in_every_file(name):
     regions = shared_regions(name)
-    assert regions.keys() == (REGIONS | {"groups"} if name in BY_GROUP else REGIONS)
+    assert regions.keys() == REGIONS
     for region, lines in regions.items():
         assert len(lines) > 5
         assert lines == shared_regions("dr_grpo")[region]
