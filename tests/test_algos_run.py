@@ -289,7 +289,7 @@ def test_a_batch_of_which_every_response_is_filtered_out_leaves_the_model_as_it_
 
 
 def test_a_cache_wider_than_the_budget_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="--overlong-cache 9: expected .* at most 8"):
+    with pytest.raises(ConfigurationError, match=r"--overlong-cache 9: expected .* at most 8"):
         train("dapo", tmp_path / "run", **TINY, overlong_cache=9)
 
 
