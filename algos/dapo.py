@@ -7,8 +7,10 @@ Yu et al. 2025, "DAPO", arXiv:2503.14476, equation 8. Against Dr. GRPO: advantag
 sum over tokens is divided by the batch's number of tokens; the ratio is clipped higher above than
 below; groups of equal rewards are replaced by further samples (what is logged of rewards and
 lengths is from before that); and responses near the budget are punished. Truncated responses may
-be left out of the loss. The expected gradient is not along ∇J: the number of tokens goes with the
-rewards, 1/std weighs questions, and dynamic sampling weighs each by its chance to be informative.
+be left out of the loss. Rewards include the punishment, so that a group of wrong answers of which
+some are punished is kept, where the paper asks for right and wrong ones. The expected gradient is
+not along ∇J: the number of tokens goes with the rewards, and 1/std weighs questions. Dynamic
+sampling by itself turns nothing, since a group of equal rewards adds nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from torch import Tensor
 from lmrl_env import distributed
 from lmrl_env.batches import clip_fractions, token_metrics
 from lmrl_env.env import unwrap
-from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group, has_signal
 from lmrl_env.importance import mismatch_metrics, reweight
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import Rollout, rollout
 from lmrl_env.run import Run
@@ -119,15 +120,12 @@ class Args:
     overlong_filter: bool = False
     """leave truncated responses out of the loss"""
 
-    # --- shared groups: begin
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigurationError(
-                f"--group-size {self.group_size}: expected at least 2, since a response is "
-                "compared with the others of its group"
-            )
-
-    # --- shared groups: end
+        check_range(self, "group_size", least=2)  # a response is compared with its group's others
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
+        check_range(self, "max_refills", least=0)
+        check_range(self, "overlong_cache", least=0, most=self.max_new_tokens)
 
 
 def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
@@ -236,7 +234,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, len(env.prompts)),
+            question_ids=plan.question_ids(step, env.prompts.questions.parts),
             seeds=plan.seeds(step),
             temperature=args.temperature,
             parts=args.rollout_parts,
@@ -246,21 +244,23 @@ def main(args: Args) -> None:
         train_started = time.perf_counter()
         # --- shared rollout: end
         rollouts = 1
-        while rollouts <= args.max_refills and distributed.any_rank(
-            accelerator, informative_groups(batch, args.group_size) < plan.groups
+        sampled = distributed.all_rollouts(accelerator, batch)
+        while (
+            rollouts <= args.max_refills
+            and informative_groups(sampled, args.group_size) < plan.questions
         ):
-            refill_step = step + rollouts * args.steps  # its questions follow those of the run
             refill = rollout(
                 envs,
                 engine,
-                question_ids=plan.question_ids(refill_step, len(env.prompts)),
-                seeds=plan.seeds(refill_step),
+                question_ids=plan.question_ids(step, env.prompts.questions.parts, refill=rollouts),
+                seeds=plan.seeds(step, refill=rollouts),
                 temperature=args.temperature,
                 parts=args.rollout_parts,
             )
-            batch = Rollout.concatenate([batch, run.settle_verifier_errors(refill)])
+            refill = distributed.all_rollouts(accelerator, run.settle_verifier_errors(refill))
+            sampled = Rollout.concatenate([sampled, refill])
             rollouts += 1
-        batch = choose_groups(batch, plan.groups, args.group_size)
+        batch = choose_groups(sampled, plan.questions, args.group_size).take(plan.own)
         if args.overlong_filter:
             batch = batch._replace(mask=batch.mask & batch.terminated[:, None])
         row["sampling/rollouts"] = rollouts

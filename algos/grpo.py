@@ -28,7 +28,7 @@ from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
 from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.kl import k3
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
 from lmrl_env.run import Run
@@ -112,15 +112,11 @@ class Args:
     kl_coef: float = 0.0
     """of the divergence from the model at the start, in the loss; 0 keeps no such model"""
 
-    # --- shared groups: begin
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigurationError(
-                f"--group-size {self.group_size}: expected at least 2, since a response is "
-                "compared with the others of its group"
-            )
-
-    # --- shared groups: end
+        check_range(self, "group_size", least=2)  # a response is compared with its group's others
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
+        check_range(self, "kl_coef", least=0)
 
 
 def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
@@ -177,6 +173,9 @@ def policy_loss(
         kl_coef: β, at least 0. Per token and in the loss, k3 has the gradient of no divergence
             of the responses: see ``lmrl_env.kl``.
 
+    Raises:
+        ConfigurationError: for a ``kl_coef`` without ``ref_logprobs``.
+
     Returns:
         The loss, a scalar, and metrics, scalars without gradient that are shares too.
     """
@@ -186,6 +185,8 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # (n, k)
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (n, 1)
+    if kl_coef and ref_logprobs is None:
+        raise ConfigurationError(f"kl_coef={kl_coef} needs ref_logprobs, of the reference policy")
     if ref_logprobs is not None:
         objective = objective - kl_coef * k3(logprobs - ref_logprobs)
     loss = -(objective * mask / lengths).sum() / totals.responses
@@ -223,7 +224,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, len(env.prompts)),
+            question_ids=plan.question_ids(step, env.prompts.questions.parts),
             seeds=plan.seeds(step),
             temperature=args.temperature,
             parts=args.rollout_parts,

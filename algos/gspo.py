@@ -5,8 +5,8 @@ Aᵢ = (Rᵢ - mean(R₁, …, R_G)) / std(R₁, …, R_G),   sᵢ = (π_θ(oᵢ
 
 Zheng et al. 2025, "Group Sequence Policy Optimization", arXiv:2507.18071, equation 5. Against
 Dr. GRPO, advantages are GRPO's, and ratio and clip are those of the whole response: the geometric
-mean of its tokens' ratios, so that the clip range is two orders narrower. At sᵢ = 1 the gradient is
-GRPO's, 1/|o| and 1/std included, and so is its bias.
+mean of its tokens' ratios, whose clip range is hundreds of times narrower. At sᵢ = 1 the gradient
+is GRPO's, 1/|o| and 1/std included, and so is its bias.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from torch import Tensor
 from lmrl_env import distributed
 from lmrl_env.batches import clip_fractions, token_metrics
 from lmrl_env.env import unwrap
-from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
 from lmrl_env.importance import mismatch_metrics, reweight
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
 from lmrl_env.run import Run
@@ -108,15 +107,10 @@ class Args:
     clip_eps_high: float = 4e-4
     """the ratio is clipped above at 1 plus this"""
 
-    # --- shared groups: begin
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigurationError(
-                f"--group-size {self.group_size}: expected at least 2, since a response is "
-                "compared with the others of its group"
-            )
-
-    # --- shared groups: end
+        check_range(self, "group_size", least=2)  # a response is compared with its group's others
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
 
 
 def compute_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
@@ -214,7 +208,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, len(env.prompts)),
+            question_ids=plan.question_ids(step, env.prompts.questions.parts),
             seeds=plan.seeds(step),
             temperature=args.temperature,
             parts=args.rollout_parts,

@@ -7,7 +7,8 @@ Schulman et al. 2017, arXiv:1707.06347, and 2016, arXiv:1506.02438; the sum over
 al. 2025, arXiv:2503.20783, equation 2, here divided by the constant N·K. Against Dr. GRPO, the
 baseline is a critic's value of each state, and responses need no group. The critic starts from the
 policy's weights, with a head of its own that starts at 0. With λ = 1 (and γ = 1) the expected
-gradient on-policy is along ∇J whatever the critic says; with λ < 1 only if the critic is exact.
+gradient on-policy is along ∇J whatever the critic says; with λ < 1 it is if the critic is exact,
+and in general not otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lmrl_env.critic import Critic, explained_variance
 from lmrl_env.env import unwrap
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.importance import mismatch_metrics, reweight
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
 from lmrl_env.run import Run
@@ -112,9 +113,17 @@ class Args:
     gae_lambda: float = 1.0
     """λ of the advantage estimates; below 1 the critic's errors bias the gradient"""
     critic_lr: float = 1e-3
-    """learning rate of the critic's AdamW"""
+    """learning rate of the critic's AdamW, without warm-up"""
     value_clip: float = 0.2
-    """values move at most this far from those before a batch's updates, in units of reward"""
+    """a value that moved this far in a batch's updates is pulled no further, in units of reward"""
+
+    def __post_init__(self) -> None:
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
+        check_range(self, "gamma", least=0, most=1)
+        check_range(self, "gae_lambda", least=0, most=1)
+        check_range(self, "critic_lr", least=0)
+        check_range(self, "value_clip", above=0)
 
 
 def compute_advantages(
@@ -209,6 +218,8 @@ def value_loss(
 
     1/T Σᵢₜ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
 
+    The clip is that of OpenAI's implementation of PPO; the papers have none.
+
     Args:
         values: shape (n, k), of the critic, with gradient.
         old_values: shape (n, k), of the critic before this batch's updates.
@@ -264,7 +275,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, len(env.prompts)),
+            question_ids=plan.question_ids(step, env.prompts.questions.parts),
             seeds=plan.seeds(step),
             temperature=args.temperature,
             parts=args.rollout_parts,

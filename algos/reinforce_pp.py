@@ -5,9 +5,10 @@ Aᵢₜ = (Rᵢ - β Σₛ≥ₜ k1ᵢₛ - mean) / std,   ρᵢₜ = π_θ(oᵢ
 
 Hu et al. 2025, "REINFORCE++", arXiv:2501.03262. Against Dr. GRPO, mean and standard deviation are
 those of all responses, whatever their question, so that no groups are needed, and the divergence
-from a reference policy may be taken from the tokens' rewards (off by default). With questions
-drawn independently and rewards of 0 and 1 the expected gradient has the direction of ∇J; with a
-fixed list of questions, or other rewards, it turns a little, since the std goes with the rewards.
+from a reference policy may be taken from the tokens' rewards (off by default). With one response to
+each of independently drawn questions (`--group-size 1`), or with one question, and rewards of 0 and
+1 the expected gradient has the direction of ∇J; with groups, a fixed list of questions or other
+rewards it turns a little, since mean and std go with the rewards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.kl import k1
-from lmrl_env.options import run_command
+from lmrl_env.options import check_range, run_command
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.rollout import rollout
 from lmrl_env.run import Run
@@ -110,6 +111,11 @@ class Args:
     """the ratio is clipped above at 1 plus this"""
     kl_coef: float = 0.0
     """of the log-ratio to the model at the start, in the reward; 0 keeps no such model"""
+
+    def __post_init__(self) -> None:
+        check_range(self, "clip_eps_low", least=0, most=1)
+        check_range(self, "clip_eps_high", least=0)
+        check_range(self, "kl_coef", least=0)
 
 
 def penalize(
@@ -229,7 +235,7 @@ def main(args: Args) -> None:
         batch = rollout(
             envs,
             engine,
-            question_ids=plan.question_ids(step, len(env.prompts)),
+            question_ids=plan.question_ids(step, env.prompts.questions.parts),
             seeds=plan.seeds(step),
             temperature=args.temperature,
             parts=args.rollout_parts,

@@ -17,12 +17,14 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
 from lmrl_env.errors import ConfigurationError, WeightSyncError
 from lmrl_env.policy import Policy, TokenBatch
 from lmrl_env.prompts import QuestionStream
+from lmrl_env.questions import Part
 from lmrl_env.rollout import Rollout, response_seeds
 from lmrl_env.types import BatchTotals, Sampling
 
@@ -87,6 +89,14 @@ def all_gather(accelerator: Accelerator, values: npt.NDArray[Any] | Tensor) -> T
     return accelerator.gather(torch.as_tensor(values, device=accelerator.device))
 
 
+def all_rollouts(accelerator: Accelerator, batch: Rollout) -> Rollout:
+    """Return the responses of all ranks, in the order of ranks, with this rank's times."""
+    if accelerator.num_processes == 1:
+        return batch
+    joined = Rollout.concatenate(gather_object([batch]))
+    return joined._replace(sample_seconds=batch.sample_seconds, env_seconds=batch.env_seconds)
+
+
 def mean_shares(
     accelerator: Accelerator, shares: Mapping[str, Tensor], updates: int
 ) -> dict[str, float]:
@@ -124,6 +134,7 @@ class BatchPlan:
     Attributes:
         groups: number of this rank's questions.
         first_group: index of the first of them among those of all ranks.
+        own: this rank's rows among those of all ranks.
 
     Raises:
         ConfigurationError: if the questions cannot be shared out so.
@@ -160,19 +171,32 @@ class BatchPlan:
         self.seed = seed
         self.groups = questions // ranks
         self.first_group = accelerator.process_index * self.groups
-        self._own = slice(
+        self.own = slice(
             self.first_group * group_size, (self.first_group + self.groups) * group_size
         )
 
-    def question_ids(self, step: int, set_size: int) -> list[int]:
-        """Return this rank's questions of a step, from one shuffle of the set after another."""
-        stream = QuestionStream(set_size)
-        start = (step - 1) * self.questions + self.first_group
-        return [stream.question_id(self.seed, start + i) for i in range(self.groups)]
+    def question_ids(self, step: int, parts: Sequence[Part] | int, refill: int = 0) -> list[int]:
+        """Return this rank's questions of a step, from one shuffle of the set after another.
 
-    def seeds(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the seeds of this rank's responses of a step."""
-        return response_seeds(self.seed, step, self.questions * self.group_size)[self._own]
+        Args:
+            step: from 1.
+            parts: of the set, which take turns by their shares; or the set's size.
+            refill: number of a further rollout of the step, which has a stream of its own.
+        """
+        stream = QuestionStream(parts)
+        start = (step - 1) * self.questions + self.first_group
+        seed = self._stream_seed(refill)
+        return [stream.question_id(seed, start + i) for i in range(self.groups)]
+
+    def seeds(self, step: int, refill: int = 0) -> npt.NDArray[np.int64]:
+        """Return the seeds of this rank's responses of a step, or of a further rollout of it."""
+        count = self.questions * self.group_size
+        return response_seeds(self._stream_seed(refill), step, count)[self.own]
+
+    def _stream_seed(self, refill: int) -> int:
+        if refill == 0:
+            return self.seed
+        return int(np.random.default_rng((self.seed, refill, 1)).integers(2**62))
 
     def advantages(
         self,
@@ -199,7 +223,7 @@ class BatchPlan:
 
     def own_rows(self, values: Tensor) -> Tensor:
         """Return this rank's part of the rows of all ranks, as float32."""
-        return values[self._own].float()
+        return values[self.own].float()
 
     def minibatches(self, step: int) -> Iterator[Rows]:
         """Yield this rank's rows of each optimiser step; groups stay whole."""

@@ -158,7 +158,7 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self.pause_strings: tuple[str, ...] = ()
         self._pause = tokenizer.stop_strings(())
         self._group_offset = np.arange(num_envs) // group_size * group_size
-        self._stream = QuestionStream(len(prompts))
+        self._stream = QuestionStream(prompts.questions.parts)
 
         self._input_ids = np.zeros((num_envs, width), dtype=np.int32)
         self._is_action = np.zeros((num_envs, max_new_tokens), dtype=np.bool_)

@@ -71,6 +71,39 @@ def run_command(args_class: type[ArgsT], main: Callable[[ArgsT], None]) -> None:
     )()
 
 
+def check_range(
+    args: Any,
+    name: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """Refuse a setting outside of its range; None is a setting that is not used.
+
+    Args:
+        args: has the setting.
+        name: of the field.
+        least: smallest value.
+        most: largest value.
+        above: values must exceed this.
+
+    Raises:
+        ConfigurationError: that names the flag and what was expected.
+    """
+    value = getattr(args, name)
+    limits = {"at least": least, "at most": most, "above": above}
+    if value is not None and not (
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+    ):
+        expected = " and ".join(
+            f"{text} {limit}" for text, limit in limits.items() if limit is not None
+        )
+        raise ConfigurationError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+
+
 def field_docs(args_class: type) -> dict[str, str]:
     """Return the docstring that stands under each field of a dataclass."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body

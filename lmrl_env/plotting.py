@@ -100,3 +100,89 @@ def band(
         [sum(values[step]) / len(values[step]) for step in steps],
         [max(values[step]) for step in steps],
     )
+
+
+RIGHT, WRONG, BOTH = "#0072B2", "#D55E00", "#444444"  # Okabe and Ito's, told apart by all eyes
+
+
+def plot_comparison(figures: Mapping[str, Any], path: Path, title: str) -> None:
+    """Draw what algorithms do with one batch: angles and norms, length bias, difficulty bias.
+
+    Args:
+        figures: as ``analysis.report`` returns them.
+        path: of the PNG.
+        title: over the picture.
+    """
+    from matplotlib.figure import Figure
+
+    files = figures["files"]
+    width = max(8.0, 1.8 * len(files))
+    figure: Any = Figure(figsize=(width, 10.5), layout="constrained")
+    figure.suptitle(title)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1.0))
+    _draw_gradients(top.subplots(1, 2, width_ratios=(1.4, 1.0)), files)
+    panels = bottom.subplots(2, len(files), sharex="row", sharey="row", squeeze=False)
+    lengths, pass_rates = figures["responses"]["length"], figures["pass_rates"]
+    for axes, file in zip(panels[0], files, strict=True):
+        axes.set_title(file["name"], fontsize=10, fontweight="bold")
+        _draw_law(axes, file["length"]["right"], lengths, "right α = ", RIGHT, "o", 6)
+        _draw_law(axes, file["length"]["wrong"], lengths, "wrong α = ", WRONG, ".", 3)
+        axes.set_xlabel("length (tokens)", fontsize=8)
+    for axes, file in zip(panels[1], files, strict=True):
+        _draw_law(axes, file["difficulty"], pass_rates, "β = ", BOTH, "o", 6)
+        axes.set_xlabel("pass rate", fontsize=8)
+        axes.set_xlim(0, 1)
+    names = ("length bias:\nweight of a token", "difficulty bias:\nweight of a question")
+    for row, name in zip(panels, names, strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        row[0].set_ylim(0, max(1.2, *(axes.dataLim.y1 for axes in row)) * 1.35)
+        for axes in row:
+            axes.axhline(1, color="black", linewidth=0.8, alpha=0.4, zorder=0)
+            axes.tick_params(labelsize=8)
+            axes.legend(fontsize=8, loc="upper right", handletextpad=0, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_law(
+    axes: Any,
+    law: Mapping[str, Any],
+    quantity: Sequence[float],
+    name: str,
+    colour: str,
+    marker: str,
+    size: float,
+) -> None:
+    exponent = "–" if law["exponent"] is None else f"{law['exponent']:z.2f}"
+    x = [quantity[row] for row in law["rows"]]
+    axes.plot(
+        x, law["relative_weight"], marker, color=colour, markersize=size, alpha=0.5,
+        markerfacecolor="none" if marker == "o" else None, label=name + exponent,
+    )  # fmt: skip
+
+
+def _draw_gradients(axes: Any, files: Sequence[Mapping[str, Any]]) -> None:
+    names = [file["name"] for file in files]
+    cosines = [[float("nan") if c is None else c for c in file["cosines"]] for file in files]
+    least = min([0.9, *(c for row in cosines for c in row if c == c)])
+    axes[0].imshow(cosines, vmin=least, vmax=1, cmap="cividis")
+    for i, file in enumerate(files):
+        for j, cosine in enumerate(file["cosines"]):
+            text = "–" if cosine is None else f"{cosine:.3f}"
+            dark = cosine is not None and cosine < (1 + least) / 2
+            colour = "white" if dark else "black"
+            axes[0].text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    axes[0].set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_title("cosine of the angle between gradients", fontsize=10)
+    norms = [file["gradient_norm"] for file in files]
+    axes[1].plot(norms, names, "o", color=BOTH)
+    for norm, name in zip(norms, names, strict=True):
+        axes[1].annotate(
+            f"{norm:.3g}", (norm, name), (6, 5), textcoords="offset points", fontsize=8
+        )
+    if min(norms) > 0:
+        axes[1].set_xscale("log")
+    axes[1].margins(x=0.15)
+    axes[1].invert_yaxis()
+    axes[1].grid(alpha=0.3)
+    axes[1].set_title("norm of the gradient", fontsize=10)

@@ -113,9 +113,9 @@ class Rollout(NamedTuple):
         dropped = rows.reshape(-1, group_size).any(axis=1).repeat(group_size)
         return self._replace(mask=self.mask & ~dropped[:, None])
 
-    def take(self, rows: npt.ArrayLike) -> Rollout:
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64] | slice) -> Rollout:
         """Return some rows, in the order given."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.arange(len(self.rewards))[rows]
         fields = self._asdict()
         for key, value in fields.items():
             if isinstance(value, np.ndarray):

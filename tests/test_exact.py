@@ -715,3 +715,13 @@ def test_rewards_must_be_finite_and_as_many_as_tokens(reward):
 def test_a_policy_gives_float64_log_probabilities(logprobs, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         enumerate_trajectories(TINY, lambda question, prefix: logprobs)
+
+
+def test_an_estimator_that_needs_values_asks_for_a_critic():
+    mdp = TokenMDP(2, 1, reward=lambda question, tokens, terminated: tokens[0])
+
+    def compute_advantages(rewards, values, mask):
+        return rewards - values, rewards
+
+    with pytest.raises(ConfigurationError, match="expected critic="):
+        expected_gradient(compute_advantages, None, mdp, TabularPolicy(mdp), group_size=1)

@@ -9,6 +9,7 @@ import pytest
 from conftest import token_envs
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import VectorWrapper
+from test_batches import make_rollout
 
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout, response_seeds, rollout
@@ -252,6 +253,70 @@ def test_no_parts_are_refused():
 def test_an_environment_that_cannot_be_rolled_out_is_refused(kwargs, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         play(token_envs(1, **kwargs), lambda seed, turn: [EOS])
+
+
+def test_token_rewards_stand_at_the_last_action_of_each_response():
+    batch = make_rollout([3], [1, 4, 6, 6], group_size=4)
+    mask = np.array(
+        [  # the third ends with tokens that were inserted
+            [1, 0, 0, 0, 0, 0],
+            [1, 0, 0, 1, 0, 0],
+            [1, 1, 0, 1, 0, 0],
+            [1, 1, 1, 1, 1, 1],
+        ],
+        dtype=bool,
+    )
+    batch = batch._replace(mask=mask, rewards=np.array([1.0, 0.5, -2.0, 0.25]))
+    expected = np.zeros((4, 6))
+    expected[[0, 1, 2, 3], [0, 3, 3, 5]] = [1.0, 0.5, -2.0, 0.25]
+    assert (batch.token_rewards == expected).all()
+    assert batch.token_rewards.dtype == np.float64
+
+
+def test_rows_are_taken_in_the_order_given_and_the_batch_is_left_alone():
+    envs = token_envs(4, tokens_per_step=BUDGET)
+    _, batch = play(envs, lambda seed, turn: [PLAIN] * seed + [EOS])
+    taken = batch.take([2, 0, 2])
+    for name, values in batch._asdict().items():
+        if isinstance(values, float):  # seconds
+            assert getattr(taken, name) == values
+        else:
+            rows = [values[2], values[0], values[2]]
+            assert data_equivalence(list(getattr(taken, name)), rows), name
+    taken.rewards[:] = taken.mask[:] = 7
+    assert batch.rewards.tolist() == [0] * 4 and batch.mask.sum() == 1 + 2 + 3 + 4
+    assert len(batch.take([]).rewards) == 0
+
+
+def test_batches_of_prompts_of_any_width_are_joined_row_by_row():
+    envs = token_envs(2, tokens_per_step=BUDGET)
+    lengths = np.array([len(prompt) for prompt in envs.prompts])
+    short, long = int(lengths.argmin()), int(lengths.argmax())
+    _, one = play(envs, lambda seed, turn: [PLAIN, EOS], question_ids=[short, short])
+    _, other = play(envs, lambda seed, turn: [EOS], question_ids=[long, short])
+    assert one.prompt_ids.shape[1] == lengths.min() < other.prompt_ids.shape[1] == lengths.max()
+    for batches in ([one, other], [other, one]):
+        joined = Rollout.concatenate(batches)
+        assert joined.prompt_ids.shape == (4, lengths.max())
+        for i, (batch, row) in enumerate((batch, row) for batch in batches for row in (0, 1)):
+            width = batch.prompt_lengths[row]
+            prompt = batch.prompt_ids[row, :width].tolist()
+            assert joined.prompt_ids[i, :width].tolist() == prompt
+            assert not joined.prompt_ids[i, width:].any()
+            for name in set(Rollout._fields) - {"prompt_ids", "sample_seconds", "env_seconds"}:
+                assert data_equivalence(getattr(joined, name)[i], getattr(batch, name)[row]), name
+        assert joined.sample_seconds == sum(batch.sample_seconds for batch in batches)
+        assert joined.env_seconds == sum(batch.env_seconds for batch in batches)
+    joined.rewards[:] = 5
+    assert one.rewards.tolist() == [0, 0]
+
+
+def test_parts_of_a_batch_joined_again_are_the_batch():
+    envs = token_envs(4, tokens_per_step=BUDGET)
+    _, batch = play(envs, lambda seed, turn: [PLAIN] * seed + [EOS])
+    again = Rollout.concatenate([batch.take([0]), batch.take([1, 2, 3])])
+    for name in set(Rollout._fields) - {"sample_seconds", "env_seconds"}:
+        assert data_equivalence(getattr(again, name), getattr(batch, name)), name
 
 
 def test_seeds_of_a_step_do_not_depend_on_how_many_are_drawn():

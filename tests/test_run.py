@@ -34,8 +34,8 @@ KEYS = (
     "step reward/mean length/mean length/correct length/incorrect length/truncated_fraction "
     "reward/zero_variance_groups policy/entropy policy/approx_kl policy/clip_fraction_low "
     "policy/clip_fraction_high policy/grad_norm mismatch/logprob_abs_mean mismatch/logprob_abs_p99 "
-    "mismatch/k3 mismatch/effective_sample_size throughput/sample_tokens_per_s throughput/step_seconds "
-    "time/sample time/verify time/train time/sync"
+    "mismatch/k3 mismatch/effective_sample_size throughput/sample_tokens_per_s "
+    "throughput/step_seconds time/sample time/verify time/train time/sync"
 ).split()
 
 
@@ -161,6 +161,9 @@ def test_a_budget_of_two_tokens_is_enough_to_run(tmp_path):
         ({"steps": 0}, "--steps 0: expected at least 1"),
         ({"eval_questions": 0}, "--eval-questions 0: expected at least 1"),
         ({"seed": -1}, "--seed -1: expected at least 0"),
+        ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"tis_cap": 0.0}, "--tis-cap 0.0: expected above 0"),
+        ({"clip_eps_low": 1.5}, "--clip-eps-low 1.5: expected at least 0 and at most 1"),
         ({"group_size": 1}, "--group-size 1: expected at least 2"),
         ({"env": "NoSuch-v0"}, "--env 'NoSuch-v0' cannot be made"),
         ({"env": "no_such_module:Env-v0"}, "--env 'no_such_module:Env-v0' cannot be made"),
@@ -274,7 +277,7 @@ def test_help_explains_every_flag():
     for flag in (
         "env model engine questions steps prompts-per-step group-size max-new-tokens temperature "
         "lr warmup-steps weight-decay adam-beta2 max-grad-norm updates-per-step epochs "
-        "clip-eps-low clip-eps-high tis-cap entropy-coef seed eval-every eval-questions checkpoint-every run-dir resume "
-        "save-batch tracker device dtype"
+        "clip-eps-low clip-eps-high tis-cap entropy-coef seed eval-every eval-questions "
+        "checkpoint-every run-dir resume save-batch tracker device dtype"
     ).split():
         assert f"--{flag} " in shown

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lmrl_env.cli.compare import compare_command
 from lmrl_env.cli.envs import envs_command
 from lmrl_env.cli.eval import eval_command
 from lmrl_env.cli.plot import plot_command
@@ -56,6 +57,7 @@ def main() -> None:
 
 
 for command in (
+    compare_command,
     envs_command,
     eval_command,
     plot_command,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def expected_gradient(
     >>> torch.allclose(expected, exact_gradient(mdp, policy), atol=0, rtol=1e-12)
     True
     """
+    if critic is None and "values" in signature(compute_advantages).parameters:
+        raise ConfigurationError(
+            "compute_advantages takes values and there is no critic: expected critic=, a function "
+            "of question and prefix, such as lambda question, prefix: 0.0"
+        )
     old = policy if old_policy is None else old_policy
     sampling = old if sampling_policy is None else sampling_policy
     off_policy = old is not policy or sampling is not policy
