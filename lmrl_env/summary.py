@@ -79,8 +79,9 @@ def compare(
         seed: of the bootstrap.
 
     Returns:
-        For each set that both were asked, and for ``mean_over_sets`` of several, the number of
-        common ``questions``, the ``difference`` of accuracy and the ends of its 95% interval.
+        For each set that both were asked, and for ``mean_over_sets`` where there are several, the
+        number of common ``questions``, the ``difference`` of accuracy and the ends of its 95%
+        interval.
     """
     theirs, ours = by_set(base), by_set(other)
     differences, table = [], {}
