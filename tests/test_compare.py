@@ -21,7 +21,8 @@ from lmrl_env import algorithm_files, comparison, policy
 from lmrl_env.algorithm_files import checkout_files, load_algorithms
 from lmrl_env.analysis import difficulty_bias, length_bias, report
 from lmrl_env.batches import micro_batches
-from lmrl_env.cli.compare import load_batch, main
+from lmrl_env.cli import main
+from lmrl_env.cli.compare import load_batch
 from lmrl_env.comparison import compare
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.policy import Policy, load_model
