@@ -48,6 +48,7 @@ def make_batch(lengths, rewards, group_size, *, terminated=True, seed=0) -> Roll
         mask=mask,
         sampling_logprobs=np.where(mask, -random.uniform(1, 3, (n, K)), 0).astype(np.float32),
         rewards=np.asarray(rewards, dtype=np.float64),
+        dense_rewards=np.zeros((n, K)),
         terminated=np.broadcast_to(terminated, n).copy(),
         question_ids=np.arange(n) // group_size,
         versions=np.zeros(n, np.int64),
