@@ -32,10 +32,12 @@ class ScriptedEngine:
         self.prompts: list[list[list[int]]] = []
         self.calls: list[tuple[int, int]] = []
         self.budgets: list[int] = []
+        self.seeds: list[list[int]] = []
 
     def generate(self, prompt_ids, sampling, n, seeds):
         self.calls.append((len(prompt_ids), n))
         self.budgets.append(sampling.max_new_tokens)
+        self.seeds.append(list(seeds))
         self.prompts.append([list(prompt) for prompt in prompt_ids])
         completions = []
         for i, seed in enumerate(seeds):
@@ -110,6 +112,7 @@ def test_a_slot_with_inserted_tokens_is_written_on_from_its_state_and_they_are_m
     engine, batch = play(envs, script)
     assert engine.calls == [(1, 2), (1, 1)]
     assert engine.budgets == [BUDGET, BUDGET - 3]  # one token written, two inserted
+    assert engine.seeds == [[0, 1], [1]]  # a turn has a seed of its own
     assert engine.prompts[1][0][-3:] == [PLAIN, 5, 6]
     assert batch.response_ids[0, :5].tolist() == [PLAIN, 5, 6, PLAIN, EOS]
     assert batch.mask[0, :6].tolist() == [True, False, False, True, True, False]
@@ -210,21 +213,24 @@ def test_parts_whose_responses_are_interrupted_go_on_together():
 
 
 def test_one_part_is_graded_while_the_engine_writes_the_next():
-    graded = threading.Event()
+    writes_the_second, first_is_graded = threading.Event(), threading.Event()
 
     class Grading(VectorWrapper):
         def step(self, actions):
+            assert writes_the_second.wait(20)  # each waits for the other: in turn neither would end
             result = self.env.step(actions)
-            graded.set()
+            first_is_graded.set()
             return result
 
-    class Waiting(ScriptedEngine):
+    class Writing(ScriptedEngine):
         def generate(self, *args):
-            assert not self.calls or graded.wait(30)  # without overlap it would wait for ever
+            if self.calls:
+                writes_the_second.set()
+                assert first_is_graded.wait(20)
             return super().generate(*args)
 
     envs = Grading(token_envs(2, tokens_per_step=BUDGET))
-    assert in_parts(envs, Waiting(lambda *_: [EOS]), 2).terminated.all()
+    assert in_parts(envs, Writing(lambda *_: [EOS]), 2).terminated.all()
 
 
 def test_an_error_in_a_part_ends_the_rollout():

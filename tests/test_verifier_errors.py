@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,7 @@ from test_batches import make_rollout
 from lmrl_env import distributed, make_token_vector_env
 from lmrl_env.errors import GradingError
 from lmrl_env.evaluation import outcome_metrics
+from lmrl_env.run import Run
 from lmrl_env.types import BatchTotals
 from lmrl_env.wrappers import VerifierReward
 
@@ -177,6 +179,21 @@ def test_a_run_that_drops_groups_trains_on_the_others(name, tmp_path, capsys):
         f"step 0: the verifier did not finish on many held-out responses (timeout 0.0%, {share})"
         in said
     )
+
+
+@pytest.mark.parametrize(("choice", "kept"), [("zero", 8), ("drop", 4), ("stop", 8)])
+def test_the_flag_chooses_what_becomes_of_a_batch(choice, kept, accelerator):
+    run = SimpleNamespace(
+        args=SimpleNamespace(on_verifier_error=choice, group_size=2), accelerator=accelerator
+    )
+    judged = make_batch(["correct", "wrong", "unparseable", "truncated"])
+    assert Run.settle_verifier_errors(run, judged).kept.all()
+    if choice == "stop":
+        message = "'timeout' for response 1 to question 0, gold answer '': ''; correct the verifier"
+        with pytest.raises(GradingError, match=message):
+            Run.settle_verifier_errors(run, make_batch())
+    else:
+        assert Run.settle_verifier_errors(run, make_batch()).kept.sum() == kept
 
 
 def test_a_run_may_be_stopped_by_the_first_response_without_a_verdict(tmp_path):
