@@ -94,13 +94,13 @@ def difficulty_bias(
         batch: what they are of; questions whose rewards are equal are left out, as are those
             where a larger reward has no larger weight.
         group_size: G.
-        length_exponent: α, which takes the lengths out of the weights; None, where lengths and
-            difficulty cannot be told apart, gives no β.
+        length_exponent: α, which takes the lengths out of the weights; where it is None and
+            lengths differ, lengths and difficulty cannot be told apart, and there is no β.
     """
-    if length_exponent is None:
-        return PowerLaw(None, np.zeros(0, dtype=np.int64), np.zeros(0))
     lengths = np.maximum(batch.mask.sum(1), 1)
-    weights = (weights * lengths**-length_exponent).reshape(-1, group_size)
+    if length_exponent is None and np.ptp(lengths) > 0:
+        return PowerLaw(None, np.zeros(0, dtype=np.int64), np.zeros(0))
+    weights = (weights * lengths ** -(length_exponent or 0.0)).reshape(-1, group_size)
     rewards = batch.rewards.reshape(-1, group_size)
     std = rewards.std(1)
     spread = rewards - rewards.mean(1, keepdims=True)
