@@ -13,12 +13,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PROOF, LOOP, VERIFIER = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def test_the_proofs_of_the_readme_hold():
+    names: dict = {}
+    exec(PROOF, names)
+    tests = [test for name, test in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+
+
+def test_the_estimator_example_proves_one_and_refutes_the_other(capsys):
+    path = ROOT / "examples" / "prove_your_estimator.py"
+    spec = importlib.util.spec_from_file_location("prove_your_estimator", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    right, wrong = re.findall(r"angle to ∇J +(\S+)°", capsys.readouterr().out)
+    assert float(right) < 1e-6 < 1 < float(wrong)
+
+
 def test_the_gym_loop_of_the_readme_runs(capsys):
-    exec(PYTHON_BLOCKS[0].replace("num_envs=64", "num_envs=2"), {})
+    exec(LOOP.replace("num_envs=64", "num_envs=2"), {})
     assert " [0." in capsys.readouterr().out  # what random tokens earn
 
 
@@ -42,7 +63,7 @@ def train_in(folder, env_id):
 
 @pytest.mark.slow
 def test_the_verifier_of_the_readme_trains(tmp_path):
-    (tmp_path / "checking.py").write_text(PYTHON_BLOCKS[1])
+    (tmp_path / "checking.py").write_text(VERIFIER)
     samples = train_in(tmp_path, "checking:Checking-v0")
     assert {sample["verifier_status"] for sample in samples} <= {"wrong", "correct", "truncated"}
 
