@@ -71,6 +71,7 @@ class WorkerProcess:
         )
         for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
+        self.write()  # it loads the verifier while its parent does other things
 
     @property
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:

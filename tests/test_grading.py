@@ -1,6 +1,7 @@
 """The grading service: its verdicts, its deadlines, and that nothing brings it down."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -347,3 +348,16 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path, command):
     process.kill()
     process.wait()
     assert_gone(pids)
+
+
+def test_workers_that_were_started_long_before_the_first_batch_grade_it():
+    with Grader("lmrl_env.verifiers:exact", workers=2) as grader:
+        grader.start()
+        for worker in grader._pool:
+            says = select.select([worker._process.stdout], [], [], 60)[0]
+            assert says, "it loads the verifier before it is given work"
+            worker.deadline = time.monotonic() - 1  # its time to start is long over
+        assert [verdict.score for verdict in grader.grade(["a", "b"] * 20, ["a"] * 40)] == [
+            1,
+            0,
+        ] * 20
