@@ -206,6 +206,7 @@ def main(args: Args) -> None:
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
         batch = run.settle_verifier_errors(batch)
+        old_logprobs: Tensor | None = None
         train_started = time.perf_counter()
         # --- shared rollout: end
         rewards = distributed.all_gather(accelerator, batch.rewards)
@@ -215,7 +216,7 @@ def main(args: Args) -> None:
         on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
         if on_policy:
             old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
-        else:
+        elif old_logprobs is None:
             old_logprobs = plan.logprobs(policy, batch, args.temperature)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
@@ -230,7 +231,7 @@ def main(args: Args) -> None:
                     )
                     if on_policy:
                         old_logprobs[micro.rows, : micro.width] = logprobs.detach()
-                    old = micro.part(old_logprobs)
+                    old = torch.where(micro.mask, micro.part(old_logprobs), logprobs.detach())
                     weighted = micro.part(advantages)  # (n,) or (n, k)
                     if args.tis_cap is not None:
                         weighted = reweight(weighted, old, micro.sampling_logprobs, args.tis_cap)

@@ -242,14 +242,15 @@ def main(args: Args) -> None:
         )
         row = outcome_metrics(accelerator, batch, args.group_size)
         batch = run.settle_verifier_errors(batch)
+        old_logprobs: Tensor | None = None
         train_started = time.perf_counter()
         # --- shared rollout: end
         rewards = torch.as_tensor(batch.token_rewards, device=accelerator.device)
         if reference is not None:
-            old_scores = plan.logprobs(policy, batch, args.temperature)
-            ref_scores = plan.logprobs(reference, batch, args.temperature)
+            old_logprobs = plan.logprobs(policy, batch, args.temperature)
+            ref_logprobs = plan.logprobs(reference, batch, args.temperature)
             mask = torch.as_tensor(batch.mask, device=accelerator.device)
-            rewards = penalize(rewards, old_scores, ref_scores, mask, args.kl_coef)
+            rewards = penalize(rewards, old_logprobs, ref_logprobs, mask, args.kl_coef)
             after_kl = distributed.all_gather(accelerator, rewards)
             row["reward/after_kl"] = after_kl.sum(1).mean().item()
         advantages = plan.advantages(rewards, batch.kept, compute_advantages)
@@ -258,7 +259,7 @@ def main(args: Args) -> None:
         on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
         if on_policy:
             old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
-        else:
+        elif old_logprobs is None:
             old_logprobs = plan.logprobs(policy, batch, args.temperature)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
@@ -273,7 +274,7 @@ def main(args: Args) -> None:
                     )
                     if on_policy:
                         old_logprobs[micro.rows, : micro.width] = logprobs.detach()
-                    old = micro.part(old_logprobs)
+                    old = torch.where(micro.mask, micro.part(old_logprobs), logprobs.detach())
                     weighted = micro.part(advantages)  # (n,) or (n, k)
                     if args.tis_cap is not None:
                         weighted = reweight(weighted, old, micro.sampling_logprobs, args.tis_cap)

@@ -154,13 +154,22 @@ class Rollout(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[Rollout, dict[str, Any]]:
-        """Read a batch that ``save`` wrote, and its metadata."""
+        """Read a batch that ``save`` wrote, and its metadata.
+
+        Raises:
+            ConfigurationError: if the file lacks fields of a batch.
+        """
         from safetensors import safe_open
 
         with safe_open(str(path), framework="numpy") as file:
             fields = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             fields.update({k: json.loads(v) for k, v in file.metadata().items()})
         metadata = {key: fields.pop(key) for key in list(fields) if key not in cls._fields}
+        if lacking := sorted(set(cls._fields) - set(fields)):
+            raise ConfigurationError(
+                f"{str(path)!r} lacks {', '.join(lacking)}: expected a batch of this version; save "
+                "it again with --save-batch"
+            )
         return cls(**fields), metadata
 
 

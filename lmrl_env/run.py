@@ -77,14 +77,9 @@ class Run:
         for name in ("steps", "epochs", "eval_questions", "max_new_tokens", "rollout_parts"):
             check_range(args, name, least=1)
         check_range(args, "micro_batch_tokens", least=1)
-        for name in (
-            "seed",
-            "lr",
-            "warmup_steps",
-            "weight_decay",
-            "eval_every",
-            "checkpoint_every",
-        ):
+        for name in ("seed", "lr", "warmup_steps", "weight_decay"):
+            check_range(args, name, least=0)
+        for name in ("entropy_coef", "eval_every", "checkpoint_every"):
             check_range(args, name, least=0)
         for name in ("temperature", "max_grad_norm", "tis_cap"):
             check_range(args, name, above=0)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lmrl_env.errors import ConfigurationError
+from lmrl_env.errors import ConfigurationError, UnknownNameError
 from lmrl_env.verifiers.verdict import Verifier
 
 _LIBRARY = "lmrl_env.verifiers"
@@ -34,6 +34,7 @@ def verifier_path(verifier: Verifier | str) -> str:
 
     Raises:
         ConfigurationError: if there is no such path.
+        UnknownNameError: if this library has no verifier of that name.
     """
     if isinstance(verifier, str):
         module, name, arguments = _split(verifier)
@@ -51,6 +52,9 @@ def verifier_path(verifier: Verifier | str) -> str:
             f"the verifier {path} is defined in the program or notebook that is running, which a "
             "worker process must not run again: move it to a module of its own and import it"
         )
+    if module == _LIBRARY and not hasattr(importlib.import_module(_LIBRARY), name):
+        known = sorted(importlib.import_module(_LIBRARY).VERIFIERS)
+        raise UnknownNameError(f"unknown verifier {name!r}: expected one of {known}")
     if function is not None and getattr(sys.modules.get(module), name, None) is not function:
         raise ConfigurationError(
             f"the verifier {path} is not what its module holds under that name: expected a "
