@@ -12,7 +12,6 @@ is GRPO's, 1/|o| and 1/std included, and so is its bias.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,10 +25,10 @@ from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.groups import by_group
 from lmrl_env.importance import mismatch_metrics, reweight
 from lmrl_env.options import check_range, run_command
-from lmrl_env.policy import Policy, load_model
-from lmrl_env.rollout import rollout
+from lmrl_env.policy import Policy
 from lmrl_env.run import Run
 from lmrl_env.types import BatchTotals
+from lmrl_env.updates import Updates
 
 
 @dataclass
@@ -41,8 +40,10 @@ class Args:
     """environment id, as MathR1-v0 or my_package:MyEnv-v0"""
     model: str = "tiny"
     """tiny, a folder in the Transformers format, or a hub id"""
-    engine: Literal["auto", "local", "vllm"] = "auto"
+    engine: Literal["auto", "local", "vllm", "vllm_server"] = "auto"
     """what samples; auto is vLLM if it and a GPU are there"""
+    servers: str | None = None
+    """addresses of vllm_server, as http://host:8000,http://host:8001; see lmrl serve"""
     questions: str = "arithmetic"
     """question set to train on: arithmetic, a .jsonl[.gz] file, a folder or a hub id"""
     eval_set: str | None = None
@@ -57,6 +58,8 @@ class Args:
     """token budget of a response, K (paper: 3000)"""
     temperature: float = 1.0
     """of sampling, training and evaluation"""
+    async_depth: int = 0
+    """1 samples the next batch while this one is trained on, from weights one step old"""
     rollout_parts: int = 1
     """parts of a rollout: one is graded while the next is sampled; for slow verifiers"""
     on_verifier_error: Literal["zero", "drop", "stop"] = "zero"
@@ -76,7 +79,7 @@ class Args:
     epochs: int = 1
     """passes over a rollout batch"""
     tis_cap: float | None = None
-    """cap of the importance weights from engine to trainer, as 2; by default there are none"""
+    """cap of the importance weights from engine to trainer; by default 2 if --async-depth is 1"""
     entropy_coef: float = 0.0
     """of the entropy bonus, the mean over tokens in nats"""
     micro_batch_tokens: int = 8192
@@ -89,18 +92,30 @@ class Args:
     """held-out questions of an evaluation, one response each"""
     checkpoint_every: int = 50
     """steps between checkpoints; 0 writes the last one only"""
+    keep_checkpoints: int = 3
+    """newest checkpoints that are kept, besides the best; 0 keeps all"""
     run_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
     resume: str | None = None
     """folder of a run to go on with, under its own settings except those given here"""
     save_batch: str | None = None
     """file that the first rollout batch is saved to"""
+    dry_run: bool = False
+    """print what a step of this run would be, and stop"""
     tracker: Literal["tensorboard", "wandb"] | None = None
     """where metrics go besides metrics.jsonl"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """of the training"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the computation; master weights are float32 (paper: bfloat16)"""
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"
+    """implementation; packed reads a question once for all its responses"""
+    gradient_checkpointing: bool = False
+    """keep no activations but recompute them: less memory, more time"""
+    lora_rank: int | None = None
+    """train low-rank adapters of this rank (PEFT) instead of all weights"""
+    wait_limit: float = 30.0
+    """minutes that a rank waits for the others before it stops the run by name"""
     # --- shared args: end
     clip_eps_low: float = 3e-4
     """the ratio is clipped below at 1 minus this"""
@@ -189,30 +204,23 @@ def main(args: Args) -> None:
     run = Run(args, __file__)
     accelerator, plan = run.accelerator, run.plan
     envs, eval_envs = run.make_envs()
-    env = unwrap(envs)
-    model = load_model(run.model, device=accelerator.device)
-    policy = Policy(model, env.tokenizer.vocab_size)
+    vocab_size = unwrap(envs).tokenizer.vocab_size
+    policy = Policy(run.load_model(), vocab_size)
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=args.lr,
         betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
     )
-    run.restore(optimizer)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    engine = run.start(envs, eval_envs, policy)
+    run.restore(policy, optimizer)
+    updates = Updates(plan, policy, optimizer, args.max_grad_norm)
+    run.start(envs, eval_envs, policy)
     # --- shared setup: end
 
     for step in run.steps():
         # --- shared rollout: begin
-        batch = rollout(
-            envs,
-            engine,
-            question_ids=plan.question_ids(step, env.prompts.questions.parts),
-            seeds=plan.seeds(step),
-            temperature=args.temperature,
-            parts=args.rollout_parts,
-        )
+        batch = run.rollout(envs, step)
         row = outcome_metrics(accelerator, batch, args.group_size)
         batch = run.settle_verifier_errors(batch)
         old_logprobs: Tensor | None = None
@@ -229,12 +237,10 @@ def main(args: Args) -> None:
             old_logprobs = plan.logprobs(policy, batch, args.temperature)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-        shares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        grad_norms = []
         for rows in plan.minibatches(step):
             totals = plan.totals(batch, rows)
-            for micro in plan.micro_batches(batch, rows):
-                with distributed.micro_step(accelerator, policy, micro.last):
+            for micro in updates.micro_batches(batch, rows):
+                with updates.micro_step(micro):
                     logprobs, entropy = policy(
                         micro.tokens, temperature=args.temperature, with_entropy=True
                     )
@@ -258,34 +264,24 @@ def main(args: Args) -> None:
                     metrics |= token_metrics(micro, logprobs, old, entropy, totals)
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * metrics["policy/entropy"]
-                    distributed.backward(accelerator, loss)
-                for name, share in metrics.items():
-                    shares[name] = shares[name].to(share.device) + share.detach()
-            grad_norms.append(
-                accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-            )
-            optimizer.step()
-            optimizer.zero_grad()
+                    updates.backward(loss, metrics)
+            updates.step()
         # --- shared step: end
 
         # --- shared log: begin
-        row |= distributed.mean_shares(accelerator, shares, len(grad_norms))
-        row |= {"policy/grad_norm": sum(grad_norms) / len(grad_norms)}
+        row |= updates.metrics()
         row |= mismatch_metrics(accelerator, batch, old_logprobs)
-        row |= run.sync(policy, engine, batch, time.perf_counter() - train_started)
+        row |= run.sync(policy, batch, time.perf_counter() - train_started)
         if run.is_due(args.eval_every):
-            row |= run.evaluate(eval_envs, engine)
+            row |= run.evaluate(eval_envs)
         run.log(row, batch, envs)
         if run.is_stopping() or run.is_due(args.checkpoint_every):
             run.save(policy, optimizer)
         # --- shared log: end
 
     # --- shared end: begin
-    run.summarize()
-    envs.close()
-    eval_envs.close()
-    engine.close()
-    del policy, optimizer
+    run.finish(envs, eval_envs)
+    del policy, optimizer, updates
     distributed.shutdown(accelerator)
     # --- shared end: end
 

@@ -105,11 +105,11 @@ def load_other(
     load_optimizer(folder / f"{name}_{OPTIMIZER_FILE}", optimizer)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
+def latest_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
     found = [
         folder
-        for folder in (run_dir / "checkpoints").glob("step-*")
+        for folder in checkpoints.glob("step-*")
         if folder.suffix != ".partial" and (folder / TRAINER_FILE).is_file()
     ]
     return max(found, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)

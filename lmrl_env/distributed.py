@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
-from lmrl_env.errors import ConfigurationError, WeightSyncError
+from lmrl_env.errors import ConfigurationError, TrainingError, WeightSyncError
 from lmrl_env.policy import Policy, TokenBatch
 from lmrl_env.prompts import QuestionStream
 from lmrl_env.questions import Part
@@ -255,6 +255,20 @@ class BatchPlan:
         count = int(all_gather(self.accelerator, np.array([len(cuts)])).max())
         cuts += [np.zeros(0, dtype=np.int64)] * (max(count, 1) - len(cuts))
         return micro_batches(batch, cuts, self.group_size, self.accelerator.device)
+
+    def halve_micro_batches(self, batch: Rollout) -> None:
+        """Cut micro-batches by half as many tokens from now on, on every rank.
+
+        Raises:
+            TrainingError: if none of them can be cut further.
+        """
+        longest = int(max(batch.prompt_lengths + batch.response_lengths))
+        if self.max_tokens <= longest:
+            raise TrainingError(
+                f"out of memory in a micro-batch of one response of {longest} tokens: expected "
+                "room for it; lower --max-new-tokens, or take --gradient-checkpointing"
+            )
+        self.max_tokens = max(longest, self.max_tokens // 2)
 
     def score(self, batch: Rollout, forward: Callable[[TokenBatch], Tensor]) -> Tensor:
         """Return what a module says of each token of this rank's responses, without gradient.

@@ -50,3 +50,7 @@ class EngineError(LmrlError, RuntimeError):
 
 class WeightSyncError(EngineError):
     """The engine's log-probs and the trainer's disagree after a weight sync."""
+
+
+class TrainingError(LmrlError, RuntimeError):
+    """A run that cannot go on: gradients that stay not finite, memory that is not enough."""

@@ -9,7 +9,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -42,10 +43,15 @@ from lmrl_env.prompts import PromptTable
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
 from lmrl_env.registration import make_engine, resolve_engine
-from lmrl_env.rollout import VERIFIER_ERRORS, Rollout
+from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
+from lmrl_env.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from lmrl_env.engines.engine import Engine
+    from transformers import PreTrainedModel
+
+
+ASYNC_TIS_CAP = 2.0
+"""``--tis-cap`` where samples are one step old and no cap is given."""
 
 VERIFIER_ERRORS_WARNED_OF = 0.01
 """Share of responses without a verdict above which a run warns."""
@@ -64,7 +70,7 @@ class Run:
     Attributes:
         accelerator: of this rank.
         plan: which part of a batch belongs to which rank, optimiser step and micro-batch.
-        dir: the folder.
+        folder: what is kept of the run.
         checkpoint: folder to resume from, or None.
 
     Raises:
@@ -84,9 +90,15 @@ class Run:
         for name in ("temperature", "max_grad_norm", "tis_cap"):
             check_range(args, name, above=0)
         check_range(args, "adam_beta2", least=0, most=1)
+        check_range(args, "async_depth", least=0, most=1)
+        check_range(args, "keep_checkpoints", least=0)
+        check_range(args, "lora_rank", least=1)
+        check_range(args, "wait_limit", above=0)
+        if args.async_depth and args.tis_cap is None:
+            args.tis_cap = ASYNC_TIS_CAP
         args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
-        self.dir = Path(args.run_dir)
-        if not args.resume and (self.dir / "metrics.jsonl").exists():
+        self.folder = RunFolder(args.run_dir)
+        if not args.resume and self.folder.holds_a_run:
             raise ConfigurationError(
                 f"--run-dir {args.run_dir!r} already holds a run: name another folder, or go on "
                 f"with --resume {args.run_dir}"
@@ -102,13 +114,12 @@ class Run:
             max_tokens=args.micro_batch_tokens,
             seed=args.seed,
         )
-        self.checkpoint = latest_checkpoint(self.dir) if args.resume else None
+        self.checkpoint = latest_checkpoint(self.folder.checkpoints) if args.resume else None
         self.last_step = 0
         if self.checkpoint is not None:
             self.last_step = int(read_state(self.checkpoint)["step"])
         torch.manual_seed(args.seed)
         transformers_logging.disable_progress_bar()
-        self.rows: list[dict[str, Any]] = []
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
         self._stack = ExitStack()
         self._started = time.perf_counter()
@@ -117,11 +128,12 @@ class Run:
         self._warned = False
         self._batch_saved = self.last_step > 0
         self._others: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+        self._sampler = ThreadPoolExecutor(1)
+        self._next_batch: Future[Rollout] | None = None
 
-    @property
-    def model(self) -> str:
-        """Return the model to start from: that of the checkpoint when the run is resumed."""
-        return str(self.checkpoint or self.args.model)
+    def load_model(self) -> PreTrainedModel:
+        """Load the model to train: that of the checkpoint when the run is resumed."""
+        return load_model(str(self.checkpoint or self.args.model), device=self.accelerator.device)
 
     def make_envs(self) -> tuple[VectorEnv[Any, Any, Any], VectorEnv[Any, Any, Any]]:
         """Make this rank's environments, to train in and to evaluate in."""
@@ -168,21 +180,17 @@ class Run:
         envs: VectorEnv[Any, Any, Any],
         eval_envs: VectorEnv[Any, Any, Any],
         policy: nn.Module,
-    ) -> Engine:
+    ) -> None:
         """Write ``config.json``, start trackers, engine and display, and evaluate the start.
 
         Args:
             envs: to train in.
             eval_envs: to evaluate in.
             policy: as ``prepare`` returned it.
-
-        Returns:
-            The engine, with the policy's weights.
         """
         args, tables = self.args, (unwrap(envs).prompts, unwrap(eval_envs).prompts)
         if self.is_main:
             overlap = warn_of_overlap(tables[0].questions, tables[1].questions)
-            self.dir.mkdir(parents=True, exist_ok=True)
             config = {
                 **vars(args),
                 "algorithm": self.algorithm,
@@ -197,7 +205,7 @@ class Run:
                 },
                 **provenance(),
             }
-            (self.dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            self.folder.write_config(config)
             self._print_heading(tables[0], tables[1])
             if overlap:
                 self._show(overlap, style="bold red")
@@ -205,26 +213,26 @@ class Run:
             values = {k: v for k, v in vars(args).items() if v is not None}
             self.accelerator.init_trackers("lmrl_env", config=values)
         self._canary_prompt = tables[0][0].tolist()
-        engine = make_engine(
+        module = self.accelerator.unwrap_model(policy).model
+        self._engine = make_engine(
             args.engine,
             args.model,
             max_model_len=max(table.width for table in tables) + args.max_new_tokens,
-            module=self.accelerator.unwrap_model(policy).model,
+            module=None if args.async_depth else module,
             dtype=args.dtype,
             seed=args.seed,
         )
-        self._sync_weights(policy, engine)
+        self._sync_weights(policy)
         if self.is_main:
-            self._keep_logged_rows()
+            self.folder.keep_rows(self.last_step if self.checkpoint else None)
         atexit.register(self._stack.close)  # an error must not leave a terminal without a cursor
         self._stack.enter_context(self.display)
-        for row in self.rows:
+        for row in self.folder.rows:
             self.display.update(row)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if self.last_step == 0:
-            self._write_row(self.evaluate(eval_envs, engine))
-        return engine
+            self._write_row(self.evaluate(eval_envs))
 
     def _show(self, text: str, style: str = "") -> None:
         """Print a line on the first rank; text is never taken for markup."""
@@ -232,7 +240,7 @@ class Run:
 
     def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
         args = self.args
-        self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.dir}")
+        self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.folder.path}")
         if args.resume:
             source = self.checkpoint or "the start, since the run has no checkpoint yet"
             self._show(f"going on from {source}")
@@ -242,27 +250,13 @@ class Run:
             note += asked
             self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
 
-    def _keep_logged_rows(self) -> None:
-        """Drop logged rows that the checkpoint does not know of: they will be written again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.dir / name
-            rows = []
-            if self.checkpoint is not None and path.exists():
-                for line in path.read_text().splitlines():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:  # cut off when the run was killed
-                        break
-                    if row["step"] <= self.last_step:
-                        rows.append(row)
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            partial.replace(path)
-            if name == "metrics.jsonl":
-                self.rows = rows
+    def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimiser back that the run is resumed with.
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the optimiser back that the run is resumed with."""
+        Args:
+            policy: as ``prepare`` returned it.
+            optimizer: as ``prepare`` returned it.
+        """
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint / OPTIMIZER_FILE, optimizer)
 
@@ -273,8 +267,8 @@ class Run:
 
         Args:
             name: of its files.
-            module: before ``prepare``.
-            optimizer: of its parameters, before ``prepare``.
+            module: as ``prepare`` returned it.
+            optimizer: as ``prepare`` returned it.
         """
         self._others[name] = module, optimizer
         if self.checkpoint is not None:
@@ -289,6 +283,40 @@ class Run:
         model = load_model(self.args.model, device=self.accelerator.device)
         policy = Policy(model, vocab_size).requires_grad_(False)
         return self.accelerator.prepare_model(policy, evaluation_mode=True)
+
+    # --- sampling
+
+    def rollout(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int = 0) -> Rollout:
+        """Return a batch of this rank.
+
+        With ``--async-depth 1`` the next step's is begun at once, and is sampled by the weights of
+        now while this one is trained on.
+
+        Args:
+            envs: to play in.
+            step: from 1.
+            refill: number of a further rollout of the step.
+        """
+        if not self.args.async_depth:
+            return self._play(envs, step, refill)
+        begun = None if refill else self._next_batch
+        future = begun or self._sampler.submit(self._play, envs, step, refill)
+        if not refill:
+            last = step == self.args.steps
+            self._next_batch = None if last else self._sampler.submit(self._play, envs, step + 1, 0)
+        return future.result()
+
+    def _play(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int) -> Rollout:
+        return rollout(
+            envs,
+            self._engine,
+            question_ids=self.plan.question_ids(
+                step, unwrap(envs).prompts.questions.parts, refill=refill
+            ),
+            seeds=self.plan.seeds(step, refill=refill),
+            temperature=self.args.temperature,
+            parts=self.args.rollout_parts,
+        )
 
     # --- verifiers that fail
 
@@ -335,6 +363,7 @@ class Run:
         """Yield the numbers of the steps to do, from 1, until a signal asks to stop."""
         while self.last_step < self.args.steps and not self._stopping:
             self.last_step += 1
+            self._step_started = time.perf_counter()
             yield self.last_step
 
     def is_stopping(self) -> bool:
@@ -354,11 +383,13 @@ class Run:
 
     # --- engine and evaluation
 
-    def _sync_weights(self, policy: nn.Module, engine: Engine) -> float:
+    def _sync_weights(self, policy: nn.Module) -> float:
+        if self._next_batch is not None:
+            self._next_batch.result()  # the engine is busy until then
         return sync_weights(
             self.accelerator,
             policy,
-            engine,
+            self._engine,
             self.last_step,
             prompt_ids=self._canary_prompt,
             temperature=self.args.temperature,
@@ -366,41 +397,38 @@ class Run:
             dtype=self.args.dtype,
         )
 
-    def sync(
-        self, policy: nn.Module, engine: Engine, batch: Rollout, train_seconds: float
-    ) -> dict[str, float]:
+    def sync(self, policy: nn.Module, batch: Rollout, train_seconds: float) -> dict[str, float]:
         """Give the engine the new weights, and return where the step's time went.
 
         Sampled tokens per second count those that the batch was left with.
 
         Args:
             policy: as ``prepare`` returned it.
-            engine: of this rank.
             batch: the step's rollout, whose times it is.
             train_seconds: of the step's updates.
         """
         started = time.perf_counter()
-        gap = self._sync_weights(policy, engine)
+        gap = self._sync_weights(policy)
         sync_seconds = time.perf_counter() - started
-        tokens = float(all_sum(self.accelerator, batch.mask.sum()))
-        seconds = batch.sample_seconds + batch.env_seconds + train_seconds + sync_seconds
+        ages = (self.last_step - 1 - batch.versions).sum()
+        counts = [batch.mask.sum(), ages, len(batch.versions)]
+        tokens, age, responses = all_sum(self.accelerator, counts).tolist()
         return {
             "mismatch/canary_logprob_abs_max": gap,
+            "sampling/staleness": age / responses,
             "throughput/sample_tokens_per_s": tokens / batch.sample_seconds,
-            "throughput/step_seconds": seconds,
+            "throughput/step_seconds": time.perf_counter() - self._step_started,
             "time/sample": batch.sample_seconds,
             "time/verify": batch.env_seconds,
             "time/train": train_seconds,
             "time/sync": sync_seconds,
         }
 
-    def evaluate(
-        self, eval_envs: VectorEnv[Any, Any, Any], engine: Engine
-    ) -> dict[str, float | None]:
+    def evaluate(self, eval_envs: VectorEnv[Any, Any, Any]) -> dict[str, float | None]:
         """Return ``eval/*`` metrics of the engine's weights."""
         return evaluate(
             eval_envs,
-            engine,
+            self._engine,
             self.accelerator,
             questions=self.args.eval_questions,
             temperature=self.args.temperature,
@@ -420,7 +448,9 @@ class Run:
             envs: that it was sampled in.
         """
         self._write_row(metrics)
-        self._write_samples(batch, self.args.group_size, unwrap(envs).tokenizer.decode)
+        if self.is_main:
+            decode = unwrap(envs).tokenizer.decode
+            self.folder.append_samples(self.last_step, batch, self.args.group_size, decode)
         if self.args.save_batch and not self._batch_saved:
             name = self.args.save_batch
             if self.accelerator.num_processes > 1:
@@ -433,28 +463,8 @@ class Run:
         row = {"step": self.last_step, **metrics}
         self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, self.last_step)
         if self.is_main:
-            self.rows.append(row)
-            with (self.dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self.folder.append_row(row)
             self.display.update(row)
-
-    def _write_samples(self, rollout: Rollout, count: int, decode: Callable[[Any], str]) -> None:
-        if not self.is_main:
-            return
-        with (self.dir / "samples.jsonl").open("a") as file:
-            for i in range(min(count, len(rollout.rewards))):
-                sample = {
-                    "step": self.last_step,
-                    "question_id": int(rollout.question_ids[i]),
-                    "prompt": decode(rollout.prompt_ids[i, : rollout.prompt_lengths[i]]),
-                    "response": rollout.responses[i],
-                    "answer": rollout.answers[i],
-                    "reward": float(rollout.rewards[i]),
-                    "finish_reason": "stop" if rollout.terminated[i] else "length",
-                    "verifier_status": rollout.verifier_status[i],
-                    "length": int(rollout.response_lengths[i]),
-                }
-                file.write(json.dumps(sample) + "\n")
 
     # --- checkpoints and the end
 
@@ -462,23 +472,29 @@ class Run:
         """Write ``checkpoints/step-N`` and ``curves.png``."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            folder = self.dir / "checkpoints" / f"step-{self.last_step}"
+            folder = self.folder.checkpoints / f"step-{self.last_step}"
             model = self.accelerator.unwrap_model(policy).model
             state = {"step": self.last_step}
             save_checkpoint(folder, model, self.args.model, optimizer, state, self._others)
-            plot_curves(self.rows, self.dir / "curves.png", self._title())
+            plot_curves(self.folder.rows, self.folder.path / "curves.png", self._title())
         self.accelerator.wait_for_everyone()
 
     def _title(self) -> str:
         args = self.args
         return f"{self.algorithm}, {args.env}, {args.model}, {args.questions}, seed {args.seed}"
 
-    def summarize(self) -> None:
-        """Say how accuracy moved and where everything is."""
-        if not self.is_main:
-            return
+    def finish(self, *envs: VectorEnv[Any, Any, Any]) -> None:
+        """Say how accuracy moved and where everything is; close environments and engine."""
         self._stack.close()
-        evaluated = [row for row in self.rows if row.get("eval/accuracy") is not None]
+        if self.is_main:
+            self._summarize()
+        self._sampler.shutdown()
+        for each in envs:
+            each.close()
+        self._engine.close()
+
+    def _summarize(self) -> None:
+        evaluated = [row for row in self.folder.rows if row.get("eval/accuracy") is not None]
         if evaluated:
             first, last = evaluated[0], evaluated[-1]
             self._show(
@@ -489,10 +505,10 @@ class Run:
             )
         minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
         self._show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
-        for path in sorted(self.dir.iterdir()):
+        for path in sorted(self.folder.path.iterdir()):
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
-            self._show(f"go on with: python {sys.argv[0]} --resume {self.dir}")
+            self._show(f"go on with: python {sys.argv[0]} --resume {self.folder.path}")
 
 
 def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:

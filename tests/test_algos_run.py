@@ -222,7 +222,7 @@ def test_at_the_start_the_policy_is_the_reference(name, finished, tmp_path):
 def sampled(monkeypatch):
     """Let the rollouts of a run of DAPO earn what is written down; return what was sampled."""
     dapo = ALGORITHMS["dapo"]
-    play, choose = dapo.rollout, dapo.choose_groups
+    play, choose = Run.rollout, dapo.choose_groups
 
     class Sampled:
         rewards: tuple[list[float], ...] = ()
@@ -239,7 +239,7 @@ def sampled(monkeypatch):
         Sampled.chosen = choose(*args)
         return Sampled.chosen
 
-    monkeypatch.setattr(dapo, "rollout", rollout)
+    monkeypatch.setattr(Run, "rollout", rollout)
     monkeypatch.setattr(dapo, "choose_groups", choose_groups)
     return Sampled
 

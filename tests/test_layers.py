@@ -30,6 +30,7 @@ LAYERS = (
         "critic",
         "batches",
         "distributed",
+        "updates",
         "importance",
     ),
     (
@@ -40,6 +41,7 @@ LAYERS = (
         "progress",
         "evaluation",
         "run",
+        "run_folder",
         "exact",
         "testing",
         "provenance",
