@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.checkpoint import (
     OPTIMIZER_FILE,
     latest_checkpoint,
@@ -31,7 +32,7 @@ from lmrl_env.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from lmrl_env.distributed import BatchPlan, all_sum, any_rank, make_accelerator, sync_weights
+from lmrl_env.distributed import all_sum, any_rank, make_accelerator
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.evaluation import evaluate
@@ -45,6 +46,7 @@ from lmrl_env.questions import warn_of_overlap
 from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
 from lmrl_env.run_folder import RunFolder
+from lmrl_env.weight_sync import sync_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmrl_env import distributed
+from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.batches import MicroBatch, Rows
 from lmrl_env.rollout import Rollout
 
@@ -34,7 +35,7 @@ class Updates:
 
     def __init__(
         self,
-        plan: distributed.BatchPlan,
+        plan: BatchPlan,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,

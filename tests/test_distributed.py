@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_batches import make_rollout
 
-from lmrl_env.distributed import BatchPlan, all_sum, sync_weights
+from lmrl_env.batch_plan import BatchPlan
+from lmrl_env.distributed import all_sum
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.errors import ConfigurationError, WeightSyncError
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.tokenizer import load_tokenizer
+from lmrl_env.weight_sync import sync_weights
 
 
 def plan(rank: int, ranks: int, **kwargs) -> BatchPlan:

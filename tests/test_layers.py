@@ -31,6 +31,8 @@ LAYERS = (
         "batches",
         "distributed",
         "updates",
+        "batch_plan",
+        "weight_sync",
         "importance",
     ),
     (

@@ -25,8 +25,9 @@ from random_models import VOCAB_SIZE, random_model
 from test_batches import K, make_rollout
 from torch import Tensor
 
+from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.batches import MicroBatch, micro_batches
-from lmrl_env.distributed import BatchPlan, backward, micro_step, shutdown
+from lmrl_env.distributed import backward, micro_step, shutdown
 from lmrl_env.importance import truncated_importance_weights
 from lmrl_env.policy import Policy
 from lmrl_env.rollout import Rollout

@@ -13,6 +13,7 @@ from algos_files import ALGORITHMS, NAMES, each
 from test_batches import make_rollout
 
 from lmrl_env import distributed, make_token_vector_env
+from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.errors import GradingError
 from lmrl_env.evaluation import outcome_metrics
 from lmrl_env.run import Run
@@ -73,7 +74,7 @@ def test_the_whole_group_of_a_response_without_a_verdict_is_dropped():
 
 
 def make_plan(accelerator, groups, group_size=2):
-    return distributed.BatchPlan(
+    return BatchPlan(
         accelerator, questions=groups, group_size=group_size, updates=1, epochs=1,
         max_tokens=1000, seed=0,
     )  # fmt: skip

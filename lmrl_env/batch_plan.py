@@ -1,0 +1,198 @@
+"""Which part of a rollout batch belongs to which rank, optimiser step and micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
+from lmrl_env.distributed import all_gather, all_sum
+from lmrl_env.errors import ConfigurationError, TrainingError
+from lmrl_env.policy import TokenBatch
+from lmrl_env.prompts import QuestionStream
+from lmrl_env.questions import Part
+from lmrl_env.rollout import Rollout, response_seeds
+from lmrl_env.types import BatchTotals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class BatchPlan:
+    """Which part of a rollout batch belongs to which rank, optimiser step and micro-batch.
+
+    Questions, seeds and minibatches are functions of the run's seed and the step over *all*
+    ranks, of which a rank takes its slice: more ranks do the same work, faster.
+
+    Args:
+        accelerator: of this rank.
+        questions: questions of a rollout batch over all ranks, a multiple of their number.
+        group_size: G, responses to each.
+        updates: optimiser steps an epoch, at most ``questions``.
+        epochs: passes over a batch.
+        max_tokens: of a micro-batch.
+        seed: of the run.
+
+    Attributes:
+        groups: number of this rank's questions.
+        first_group: index of the first of them among those of all ranks.
+        own: this rank's rows among those of all ranks.
+
+    Raises:
+        ConfigurationError: if the questions cannot be shared out so.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        questions: int,
+        group_size: int,
+        updates: int,
+        epochs: int,
+        max_tokens: int,
+        seed: int,
+    ):
+        ranks = accelerator.num_processes
+        if questions < 1 or questions % ranks:
+            raise ConfigurationError(
+                f"--prompts-per-step {questions} is not a multiple of the {ranks} ranks: use "
+                f"{max(1, questions // ranks) * ranks}"
+            )
+        if not 1 <= updates <= questions:
+            raise ConfigurationError(
+                f"--updates-per-step {updates}: {questions} questions cannot be cut into so many "
+                "parts; raise --prompts-per-step or lower --updates-per-step"
+            )
+        self.accelerator = accelerator
+        self.questions = questions
+        self.group_size = group_size
+        self.updates = updates
+        self.epochs = epochs
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.groups = questions // ranks
+        self.first_group = accelerator.process_index * self.groups
+        self.own = slice(
+            self.first_group * group_size, (self.first_group + self.groups) * group_size
+        )
+
+    def question_ids(self, step: int, parts: Sequence[Part] | int, refill: int = 0) -> list[int]:
+        """Return this rank's questions of a step, from one shuffle of the set after another.
+
+        Args:
+            step: from 1.
+            parts: of the set, which take turns by their shares; or the set's size.
+            refill: number of a further rollout of the step, which has a stream of its own.
+        """
+        stream = QuestionStream(parts)
+        start = (step - 1) * self.questions + self.first_group
+        seed = self._stream_seed(refill)
+        return [stream.question_id(seed, start + i) for i in range(self.groups)]
+
+    def seeds(self, step: int, refill: int = 0) -> npt.NDArray[np.int64]:
+        """Return the seeds of this rank's responses of a step, or of a further rollout of it."""
+        count = self.questions * self.group_size
+        return response_seeds(self._stream_seed(refill), step, count)[self.own]
+
+    def _stream_seed(self, refill: int) -> int:
+        if refill == 0:
+            return self.seed
+        return int(np.random.default_rng((self.seed, refill, 1)).integers(2**62))
+
+    def advantages(
+        self,
+        rewards: npt.NDArray[np.float64] | Tensor,
+        kept: npt.NDArray[np.bool_],
+        compute: Callable[[Tensor, int], Tensor],
+    ) -> Tensor:
+        """Return this rank's advantages against the kept rows of all ranks, and 0 for the others.
+
+        For advantages by statistics of the whole batch, on which groups that were dropped must
+        have no influence.
+
+        Args:
+            rewards: shape (N, ...), of this rank.
+            kept: shape (N,), bool, of this rank; groups are kept or not as a whole.
+            compute: returns advantages from the rewards of all ranks and the group size.
+        """
+        everywhere = all_gather(self.accelerator, rewards)
+        counted = all_gather(self.accelerator, kept).bool()
+        advantages = torch.zeros_like(everywhere)
+        if counted.any():
+            advantages[counted] = compute(everywhere[counted], self.group_size)
+        return self.own_rows(advantages)
+
+    def own_rows(self, values: Tensor) -> Tensor:
+        """Return this rank's part of the rows of all ranks, as float32."""
+        return values[self.own].float()
+
+    def minibatches(self, step: int) -> Iterator[Rows]:
+        """Yield this rank's rows of each optimiser step; groups stay whole."""
+        for epoch in range(self.epochs):
+            order = np.arange(self.questions)
+            if self.updates > 1:
+                order = np.random.default_rng((self.seed, step, epoch)).permutation(self.questions)
+            for groups in np.array_split(order, self.updates):
+                own = np.sort(groups) - self.first_group
+                own = own[(own >= 0) & (own < self.groups)]
+                yield (own[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+
+    def totals(self, batch: Rollout, rows: Rows) -> BatchTotals:
+        """Return the counts of an optimiser step over all ranks, at least 1 each.
+
+        Responses without actions, whose group was dropped, do not count.
+        """
+        counts = [batch.kept[rows].sum(), batch.mask[rows].sum()]
+        responses, tokens = (max(1, int(count)) for count in all_sum(self.accelerator, counts))
+        return BatchTotals(responses, tokens, batch.mask.shape[1])
+
+    def micro_batches(self, batch: Rollout, rows: Rows) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of an optimiser step.
+
+        A rank with fewer of them than another gets empty ones: sharded modules communicate in
+        every forward, so that all ranks must make as many.
+        """
+        cuts = micro_batch_rows(batch, rows, self.group_size, self.max_tokens)
+        count = int(all_gather(self.accelerator, np.array([len(cuts)])).max())
+        cuts += [np.zeros(0, dtype=np.int64)] * (max(count, 1) - len(cuts))
+        return micro_batches(batch, cuts, self.group_size, self.accelerator.device)
+
+    def halve_micro_batches(self, batch: Rollout) -> None:
+        """Cut micro-batches by half as many tokens from now on, on every rank.
+
+        Raises:
+            TrainingError: if none of them can be cut further.
+        """
+        longest = int(max(batch.prompt_lengths + batch.response_lengths))
+        if self.max_tokens <= longest:
+            raise TrainingError(
+                f"out of memory in a micro-batch of one response of {longest} tokens: expected "
+                "room for it; lower --max-new-tokens, or take --gradient-checkpointing"
+            )
+        self.max_tokens = max(longest, self.max_tokens // 2)
+
+    def score(self, batch: Rollout, forward: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """Return what a module says of each token of this rank's responses, without gradient.
+
+        Args:
+            batch: of this rank.
+            forward: returns shape (n, k) for a micro-batch's tokens, as log-probs or values.
+
+        Returns:
+            Shape (N, K), 0 behind the responses.
+        """
+        scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
+        with torch.no_grad():
+            for micro in self.micro_batches(batch, np.arange(len(batch.rewards))):
+                scores[micro.rows, : micro.width] = forward(micro.tokens)
+        return scores
+
+    def logprobs(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
+        """Return a policy's log-probs of this rank's responses, shape (N, K), no gradient."""
+        return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0])
