@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lmrl_env.distributed import all_gather
+from lmrl_env.errors import ConfigurationError
 from lmrl_env.kl import k3
 
 if TYPE_CHECKING:
@@ -15,44 +16,81 @@ if TYPE_CHECKING:
 
     from lmrl_env.rollout import Rollout
 
+Level = Literal["token", "sequence"]
+"""What an importance weight is of."""
+
 
 def truncated_importance_weights(
-    old_logprobs: Tensor, sampling_logprobs: Tensor, cap: float
+    old_logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    cap: float,
+    *,
+    level: Level = "token",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return weights that turn the engine's samples into the trainer's, up to the cap.
 
-    wᵢₜ = min(π_old(oᵢₜ) / π_engine(oᵢₜ), C)
+    token:     wᵢₜ = min(π_old(oᵢₜ) / π_engine(oᵢₜ), C)
+    sequence:  wᵢₜ = min(Πₛ π_old(oᵢₛ) / π_engine(oᵢₛ), C), over all actions of the response
 
     Truncated importance sampling (Ionides 2008), per token as in Yao et al. 2025, "Your Efficient
-    RL Framework Secretly Brings You Off-Policy RL Training". Multiplied with the advantages it
-    corrects a token's own probability; that of its prefix it does not.
+    RL Framework Secretly Brings You Off-Policy RL Training". Multiplied with the advantages, the
+    weight of a token corrects its own probability, and not that of its prefix or of what follows;
+    the weight of the sequence corrects all, and without a cap it makes the gradient exact.
 
     Args:
-        old_logprobs: shape (n, K), of the trainer at the rollout's weights; nats.
-        sampling_logprobs: shape (n, K), of the engine; nats.
+        old_logprobs: shape (n, K), of the trainer before the first update by the batch; nats.
+        sampling_logprobs: shape (n, K), of the engine with the weights that it sampled by; nats.
         cap: C, above 0.
+        level: whether a token or the whole response is weighed.
+        mask: shape (n, K), bool, True where a token was an action; a sequence needs it.
 
     Returns:
         Shape (n, K), without gradient.
 
-    >>> truncated_importance_weights(torch.tensor([[0.0, -1.0]]), torch.tensor([[-1.0, 0.0]]), 2.0)
-    tensor([[2.0000, 0.3679]])
+    Raises:
+        ConfigurationError: for sequences without a mask.
+
+    >>> old, sampling = torch.tensor([[0.0, -1.0]]), torch.tensor([[-1.0, -0.5]])
+    >>> truncated_importance_weights(old, sampling, 2.0)
+    tensor([[2.0000, 0.6065]])
+    >>> mask = torch.tensor([[True, True]])
+    >>> truncated_importance_weights(old, sampling, 2.0, level="sequence", mask=mask)
+    tensor([[1.6487, 1.6487]])
     """
-    return (old_logprobs - sampling_logprobs).detach().exp().clamp(max=cap)
+    log_ratio = (old_logprobs - sampling_logprobs).detach()
+    if level == "sequence":
+        if mask is None:
+            raise ConfigurationError(
+                "level='sequence' without a mask: expected one, since only actions count; pass "
+                "the batch's"
+            )
+        log_ratio = torch.where(mask, log_ratio, 0).sum(1, keepdim=True).expand_as(log_ratio)
+    return log_ratio.exp().clamp(max=cap)
 
 
 def reweight(
-    advantages: Tensor, old_logprobs: Tensor, sampling_logprobs: Tensor, cap: float
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    cap: float,
+    *,
+    level: Level = "token",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return advantages times their tokens' truncated importance weights, shape (n, K).
 
     Args:
         advantages: shape (n,) or (n, K).
-        old_logprobs: shape (n, K), of the trainer at the rollout's weights; nats.
-        sampling_logprobs: shape (n, K), of the engine; nats.
+        old_logprobs: as ``truncated_importance_weights`` takes them, and so what follows.
+        sampling_logprobs: shape (n, K).
         cap: of the weights, above 0.
+        level: of a token or of the whole response.
+        mask: shape (n, K), bool.
     """
-    weights = truncated_importance_weights(old_logprobs, sampling_logprobs, cap)
+    weights = truncated_importance_weights(
+        old_logprobs, sampling_logprobs, cap, level=level, mask=mask
+    )
     return weights * advantages.reshape(len(weights), -1)
 
 

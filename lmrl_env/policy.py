@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_packed_attention
+from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.tokenizer import model_path
 
@@ -246,12 +247,7 @@ class Policy(nn.Module):
 
         def statistics(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
             logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
-            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-            all_logprobs = (logits.to(at_least_float32) / temperature).log_softmax(-1)
-            logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
-            if not with_entropy:
-                return logprobs, None
-            return logprobs, -(all_logprobs.exp() * all_logprobs).sum(-1)
+            return log_prob_and_entropy(logits, targets, temperature, with_entropy=with_entropy)
 
         tokens_at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
         if len(states) <= tokens_at_once:

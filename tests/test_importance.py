@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batches import make_rollout
 
+from lmrl_env.errors import ConfigurationError
 from lmrl_env.importance import mismatch_metrics, reweight, truncated_importance_weights
 
 log = math.log
@@ -26,6 +27,28 @@ def test_weights_are_the_ratios_of_old_to_sampling_probability_up_to_the_cap():
     assert torch.allclose(weights, expected, rtol=1e-12)
     weights = truncated_importance_weights(OLD, SAMPLING, 4.0)
     assert weights[0, 1].item() == pytest.approx(3) and weights[1, 0].item() == pytest.approx(4)
+
+
+def test_the_weight_of_a_sequence_is_the_ratio_of_its_actions_together_up_to_the_cap():
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    weights = truncated_importance_weights(OLD, SAMPLING, 9.0, level="sequence", mask=mask)
+    expected = torch.tensor([[3 / 2] * 3, [9.0] * 3], **F64)
+    assert torch.allclose(weights, expected, rtol=1e-12)
+    weighted = reweight(torch.ones(2, **F64), OLD, SAMPLING, 1e9, level="sequence", mask=mask)
+    assert torch.allclose(weighted[1], torch.tensor([10.0] * 3, **F64), rtol=1e-12)
+
+
+def test_what_stands_where_nothing_was_an_action_does_not_weigh():
+    mask = torch.tensor([[True, True, False]])
+    foreign = torch.tensor([[0.0, 0.0, torch.inf]], **F64)
+    gap = torch.full((1, 3), log(2), **F64)
+    weights = truncated_importance_weights(gap, gap * 0 - foreign, 9.0, level="sequence", mask=mask)
+    assert torch.allclose(weights, torch.full((1, 3), 4.0, **F64))
+
+
+def test_a_sequence_without_a_mask_is_refused():
+    with pytest.raises(ConfigurationError, match="without a mask"):
+        reweight(torch.ones(2, **F64), OLD, SAMPLING, 2.0, level="sequence")
 
 
 def test_no_gradient_goes_through_the_weights():

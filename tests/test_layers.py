@@ -26,6 +26,7 @@ LAYERS = (
         "kl",
         "groups",
         "rollout",
+        "categorical",
         "policy",
         "critic",
         "batches",

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import MODEL_WIDTH, VOCAB_SIZE, random_model
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 import lmrl_env.policy
@@ -181,6 +183,38 @@ def test_logits_in_pieces_give_the_same_numbers(monkeypatch):
     assert max(widths) == 5
     assert sum(widths) == 2 * sum(RESPONSE_LENGTHS)  # forward, and again for the backward
     assert policy(batch, temperature=0.7)[1] is None
+
+
+class LiveTensors(TorchDispatchMode):
+    """Keeps the most tensors of some shapes that have existed at one time."""
+
+    def __init__(self, *shapes):
+        super().__init__()
+        self.shapes, self.alive, self.most = shapes, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.shape in self.shapes:
+                storage = tensor.untyped_storage()
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage)
+        self.alive = {key: ref for key, ref in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, len(self.alive))
+        return made
+
+
+@pytest.mark.parametrize("entropy_coef", [None, 0.0, 0.3])
+def test_logits_of_one_piece_exist_at_a_time_whatever_is_in_the_loss(monkeypatch, entropy_coef):
+    policy = random_policy()
+    monkeypatch.setattr(lmrl_env.policy, "LOGITS_AT_ONCE", 2 * VOCAB_SIZE)
+    assert sum(RESPONSE_LENGTHS) == 32  # 16 pieces
+    with LiveTensors((2, MODEL_WIDTH), (2, VOCAB_SIZE)) as live:
+        logprobs, entropy = policy(
+            token_batch(), temperature=1.0, with_entropy=entropy_coef is not None
+        )
+        loss = logprobs.sum() + (entropy_coef * entropy.sum() if entropy_coef else 0)
+        loss.backward()
+    assert 3 <= live.most <= 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

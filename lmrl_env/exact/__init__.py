@@ -26,9 +26,11 @@ from lmrl_env.exact.trajectories import (
     objective,
     state_values,
 )
+from lmrl_env.exact.variance import GradientMoments, leave_one_out_moments
 
 __all__ = [
     "Batches",
+    "GradientMoments",
     "TabularPolicy",
     "TokenMDP",
     "TokenPolicy",
@@ -39,6 +41,7 @@ __all__ = [
     "exact_gradient",
     "expected_gradient",
     "flat_gradient",
+    "leave_one_out_moments",
     "objective",
     "state_values",
     "verifier_reward",

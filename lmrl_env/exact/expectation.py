@@ -14,7 +14,7 @@ from lmrl_env.errors import ConfigurationError
 from lmrl_env.exact.batches import collapse, enumerate_batches
 from lmrl_env.exact.mdp import TokenMDP, TokenPolicy, TrainablePolicy
 from lmrl_env.exact.trajectories import Trajectories, enumerate_trajectories, flat_gradient
-from lmrl_env.importance import truncated_importance_weights
+from lmrl_env.importance import Level, reweight
 from lmrl_env.types import BatchTotals
 
 CHUNK = 4096
@@ -39,6 +39,7 @@ def expected_gradient(
     old_policy: TokenPolicy | None = None,
     sampling_policy: TokenPolicy | None = None,
     tis_cap: float | None = None,
+    tis_level: Level = "token",
     ref_policy: TokenPolicy | None = None,
     critic: Callable[[int, tuple[int, ...]], float] | None = None,
     token_rewards: bool = False,
@@ -65,7 +66,8 @@ def expected_gradient(
         questions: B, how many are drawn independently for a batch; or which, if they are fixed.
         old_policy: of ``old_logprobs``; the policy itself if None, which is on-policy.
         sampling_policy: that the responses are drawn from; the old policy if None.
-        tis_cap: weighs tokens by truncated importance weights from sampling to old policy.
+        tis_cap: weighs by truncated importance weights from sampling to old policy.
+        tis_level: of the weights, of a token or of the whole response.
         ref_policy: adds the keyword ``ref_logprobs``, shape (N, K), to the loss.
         critic: value of a state, before its action.
         token_rewards: gives advantages the rewards of tokens, (N, K), as a critic always does.
@@ -132,6 +134,7 @@ def expected_gradient(
             responses,
             group_size,
             tis_cap,
+            tis_level,
             advantage_kwargs or {},
             loss_kwargs or {},
         )
@@ -168,6 +171,7 @@ class _Estimator(NamedTuple):
     responses: _Responses
     group_size: int
     tis_cap: float | None
+    tis_level: Level
     advantage_kwargs: Mapping[str, Any]
     loss_kwargs: Mapping[str, Any]
 
@@ -193,9 +197,13 @@ class _Estimator(NamedTuple):
                 all_rows.rewards[rows], self.group_size, **self.advantage_kwargs
             )
         if self.tis_cap is not None:
-            advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-            advantages = advantages * truncated_importance_weights(
-                old_logprobs, all_rows.sampling_logprobs[rows], self.tis_cap
+            advantages = reweight(
+                advantages,
+                old_logprobs,
+                all_rows.sampling_logprobs[rows],
+                self.tis_cap,
+                level=self.tis_level,
+                mask=mask,
             )
         totals = BatchTotals(len(rows), tokens, mask.shape[1])
         result = self.policy_loss(logprobs, old_logprobs, advantages, mask, totals, **kwargs)
