@@ -165,6 +165,19 @@ def test_a_path_names_a_verifier_and_its_arguments(verifier, path):
         assert (function, loaded.keywords) == (verifier.func, verifier.keywords)
 
 
+def test_every_verifier_of_the_library_can_be_named():
+    assert [getattr(load_verifier(name), "__name__", "") for name in verifiers.NAMES] == [
+        *verifiers.NAMES
+    ]
+    assert set(verifiers.NAMES) < set(verifiers.__all__)
+
+
+@pytest.mark.parametrize("path", ["scripted_verifiers:Verdict", "scripted_verifiers:os"])
+def test_what_cannot_be_called_as_a_verifier_is_refused_when_it_is_loaded(path):
+    with pytest.raises(ConfigurationError, match=f"the verifier {path} cannot be called"):
+        load_verifier(path)
+
+
 @given(
     st.dictionaries(
         st.sampled_from(["pattern", "x", "y"]),
@@ -179,7 +192,8 @@ def test_a_path_names_a_verifier_and_its_arguments(verifier, path):
     )
 )
 def test_any_arguments_come_through_a_path(arguments):
-    loaded = load_verifier(verifier_path(functools.partial(regex, **arguments)))
+    verifier = functools.partial(scripted_verifiers.of_any_arguments, **arguments)
+    loaded = load_verifier(verifier_path(verifier))
     assert getattr(loaded, "keywords", {}) == arguments
 
 
@@ -196,6 +210,10 @@ def test_any_arguments_come_through_a_path(arguments):
         ("numeric(tolerance=x)", "cannot be imported by name"),
         ("numeric(tolerance=0.5", "cannot be imported by name"),
         ("a b:c", "cannot be imported by name"),
+        ("nosuch", "expected one of boxed_math, answer_tag_math, .*, llm_judge, or 'module:func"),
+        ("warm_up", "unknown verifier 'warm_up': expected one of boxed_math"),
+        ("numeric(tol=0.5)", r"numeric\(tol=0.5\) cannot be called: .* argument 'tol'; expected"),
+        (functools.partial(exact, pattern="x"), "cannot be called: .* argument 'pattern'"),
     ],
 )
 def test_a_path_that_no_worker_can_follow_is_refused_at_once(verifier, message):

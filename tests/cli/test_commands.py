@@ -94,6 +94,13 @@ def test_completion_offers_the_commands():
     assert done.stdout.split() == ["plain,envs", "plain,eval"]
 
 
+def test_a_table_is_as_wide_as_columns_says_and_whole_in_a_file(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert "HuggingFaceH4/aime_2024" in lmrl("questions", "list").output
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, lmrl("questions", "list").output.splitlines())) <= 60
+
+
 # --- verify
 
 
@@ -130,6 +137,8 @@ def test_verify_explains_and_reads_the_standard_input():
 def test_verify_names_a_verifier_that_does_not_exist():
     result = lmrl("verify", "--answer", "1", "--verifier", "nobody:nothing", "1")
     assert result.exit_code == 1 and "nobody" in result.stderr
+    result = lmrl("verify", "--answer", "1", "--verifier", "boxed", "1")
+    assert result.exit_code == 1 and "expected one of boxed_math, answer_tag" in result.stderr
 
 
 # --- questions and envs
