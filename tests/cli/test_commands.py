@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from lmrl_env.cli import main
@@ -92,6 +93,23 @@ def test_completion_offers_the_commands():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["plain,envs", "plain,eval"]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("lmrl eval --templ", ["--template"]),
+        ("lmrl eval --template q", ["qwen-math"]),
+        ("lmrl eval --suite gsm8k,math-", ["gsm8k,math-12k", "gsm8k,math-lvl3to5"]),
+        ("lmrl questions show a", ["arithmetic", "asdiv", "aime24", "amc", "aime25"]),
+        ("lmrl verify --verifier c", ["choice", "code"]),
+        ("lmrl regrade x --verifier num", ["numeric"]),
+    ],
+)
+def test_completion_offers_the_values(words, offered):
+    *before, begun = words.split()[1:]
+    found = ShellComplete(main, {}, "lmrl", "_LMRL_COMPLETE").get_completions(before, begun)
+    assert [item.value for item in found] == offered
 
 
 def test_a_table_is_as_wide_as_columns_says_and_whole_in_a_file(monkeypatch):
