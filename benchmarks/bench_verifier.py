@@ -1,4 +1,4 @@
-"""Gradings per second of the grading service against Math-Verify called in one process.
+"""Gradings per second against Math-Verify in one process, and the overhead on a training step.
 
     python benchmarks/bench_verifier.py
 
@@ -6,12 +6,21 @@ Both judge the same responses in interleaved rounds: a solution of some hundred 
 a box, whose answer is right, wrong or a near miss (the mathematical cases of
 `tests/verifier_cases.jsonl`, and whole numbers, which are the larger part of the usual sets), and
 some without an answer. Math-Verify is called as its documentation says, with its own time limits.
+
+The overhead is the share of a training step of the default job, the grading apart, that the run
+waits for verdicts: graded after the sampling, and with `--rollout-parts 4` beside it. It is a ratio
+within a step, so that it moves little with the machine's load. The verifier is the usual one, or
+one that takes 20 ms of processor time for every response.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -69,11 +78,34 @@ def math_verify_says(response: str, gold: str) -> bool:
     return verify(parse(f"${gold}$"), parse(response))
 
 
+def overhead_on_a_step(env: str, parts: int, steps: int) -> dict[str, float]:
+    """Train for some steps, and return how long they wait for verdicts, as a share of the rest."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [
+                *(sys.executable, here.parent / "algos" / "dr_grpo.py", "--env", env),
+                *("--rollout-parts", str(parts), "--steps", str(steps + 1), "--eval-every", "0"),
+                *("--run-dir", f"{folder}/run"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(here), *sys.path))},
+            check=True,
+            capture_output=True,
+        )
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["step"] > 1]  # the first one warms up
+    shares = [
+        row["time/verify"] / (row["throughput/step_seconds"] - row["time/verify"]) for row in rows
+    ]
+    return {"median": median(shares), "max": max(shares)}
+
+
 @click.command()
 @click.option("--responses", default=600, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--workers", default=2, show_default=True)
-def main(responses: int, rounds: int, workers: int) -> None:
+@click.option("--steps", default=5, show_default=True, help="of training, of each kind")
+def main(responses: int, rounds: int, workers: int, steps: int) -> None:
     """Compare the speed and the agreement with the labels."""
     times: dict[str, list[float]] = {"grader": [], "math_verify": []}
     with Grader("boxed_math", workers=workers) as grader:
@@ -102,6 +134,11 @@ def main(responses: int, rounds: int, workers: int) -> None:
             "false_correct": sum(s and not t for s, t in zip(said, labels, strict=True)),
             "false_wrong": sum(t and not s for s, t in zip(said, labels, strict=True)),
         }
+    overheads = {
+        f"{name}, {how}": overhead_on_a_step(env, parts, steps)
+        for name, env in (("usual verifier", "MathR1-v0"), ("20 ms", "slow_verifier:SlowMath-v0"))
+        for how, parts in (("after sampling", 1), ("beside sampling", 4))
+    }
     ratios = [m / g for m, g in zip(times["math_verify"], times["grader"], strict=True)]
     record.write(
         "verifier",
@@ -114,6 +151,8 @@ def main(responses: int, rounds: int, workers: int) -> None:
             "ratio": median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
+            "load": os.getloadavg()[1],
+            "overhead_on_a_training_step": overheads,
             "labelled_cases": len(cases),
             "right_labels": sum(labels),
             "disagreements": wrong,

@@ -72,9 +72,11 @@ def load_algorithms(paths: Sequence[str | Path]) -> list[Algorithm]:
 def _load(path: Path, name: str) -> Algorithm:
     spec = importlib.util.spec_from_file_location(f"algorithm_file_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
+        shipped = CHECKOUT / "algos" / path.name
+        example = shipped if shipped.is_file() else shipped.with_name("dr_grpo.py")
         raise ConfigurationError(
-            f"there is no algorithm file {str(path)!r}: expected the path of a .py file such as "
-            "algos/dr_grpo.py"
+            f"there is no algorithm file {str(path)!r} in {str(Path.cwd())!r}: expected the path "
+            f"of a .py file, such as {example}"
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the types of their fields

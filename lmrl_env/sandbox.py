@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from lmrl_env.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 SandboxStatus = Literal["ok", "error", "timeout", "output"]
 
@@ -55,7 +60,8 @@ def run_python(
     system calls, it also refuses sockets, new processes, signals to other processes, and every
     change to the file system; no program can take that off. Where any user may make namespaces,
     the program has no network and cannot read the memory or environment of other processes.
-    Elsewhere Python itself refuses the same, which stops an honest mistake but not an attack.
+    Elsewhere Python itself refuses the same, which stops an honest mistake but not an attack, and
+    a warning says so once.
     Nowhere is a program kept from reading the files that the user of this process may read, and
     nothing here replaces a virtual machine where an attacker, not a model, writes the programs.
 
@@ -87,6 +93,27 @@ def run_python(
     }
     if min(limits.values()) <= 0:
         raise ConfigurationError(f"{limits}: expected positive limits, in seconds and bytes")
+    warn_unless_filtered()
+    return _run(source, stdin, limits)
+
+
+@functools.cache
+def warn_unless_filtered() -> None:
+    """Warn, once in a process, where the kernel does not filter a program's system calls."""
+    source = "print(*(s for s in open('/proc/self/status') if s.startswith('Seccomp:')))"
+    limits = {"timeout": 5.0, "wall_timeout": 20.0, "memory_limit": 2**30, "output_limit": 2**16}
+    if _run(source, "", limits).stdout.split() != ["Seccomp:", "2"]:
+        logger.warning(
+            "the sandbox cannot filter system calls on %s %s: a program that sets out to can open "
+            "sockets, start processes and change files of this user; expected Linux on x86-64 with "
+            "seccomp. Run here only programs that you trust, or all of it in a container",
+            *(platform.system(), platform.machine()),
+        )
+
+
+def _run(source: str, stdin: str, limits: dict[str, Any]) -> SandboxResult:
+    """Run a program under limits that are given."""
+    wall_timeout, output_limit = limits["wall_timeout"], limits["output_limit"]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
         program, given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in "1234")

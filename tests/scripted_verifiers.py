@@ -48,6 +48,10 @@ def scripted(response, answer, *, question=None):
     )
 
 
+def of_any_arguments(response, answer, *, question=None, **arguments):
+    return Verdict(0.0, "wrong", repr(arguments))
+
+
 def broken_helper(response, answer, *, question=None):
     raise NotImplementedError
 

@@ -515,6 +515,7 @@ def test_what_is_no_batch_is_refused(sampled, tmp_path):
         (["--model", str(ALGOS)], "cannot load the tokenizer of the model folder"),
         (["--output", "figure.jpg"], "--output 'figure.jpg': expected a file name in .png"),
         (["nowhere.py"], "there is no algorithm file 'nowhere.py'"),
+        (["nowhere/grpo.py"], f"such as {ALGOS / 'grpo.py'}"),
         (["--device", "cuda"], "there is no GPU"),
     ],
 )

@@ -229,6 +229,21 @@ def test_without_a_filter_the_size_of_a_file_is_limited(what_is_left, tmp_path):
     assert (tmp_path / "x").stat().st_size == 5000
 
 
+@needs_filter
+def test_where_system_calls_are_not_filtered_a_warning_says_so_once(request, caplog):
+    def warnings():
+        sandbox.warn_unless_filtered.cache_clear()
+        caplog.clear()
+        assert run_python("print(1)").stdout == run_python("print(1)").stdout == "1\n"
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings() == []
+    request.getfixturevalue("what_is_left")
+    [message] = warnings()
+    assert message.startswith("the sandbox cannot filter system calls on Linux x86_64: a program")
+    sandbox.warn_unless_filtered.cache_clear()
+
+
 @pytest.fixture
 def what_is_left(monkeypatch, tmp_path_factory):
     """The sandbox of a system that can filter no system calls."""

@@ -85,6 +85,103 @@ def test_lines_between_the_comparisons_run_in_their_order():
     assert code(PROGRAM.format("x * x"), f"{test}\nassert x != 5").status == "wrong"
 
 
+SOLVED = """
+import math
+from collections import Counter, namedtuple
+def square(x): return x * x
+def area(r): return math.pi * r * r
+def letters(text): return Counter(text)
+def pair(): return namedtuple("Pair", "a b")(1, 2)
+def infinite(): return float("inf")
+def three(): import numpy; return numpy.int64(3)
+def nothing(x): return None if x < 0 else Stack()
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x)
+    def __len__(self): return len(self.items)
+"""
+TAMPERING = """
+import builtins, math
+class Equal:
+    items = ()
+    def __init__(self, *_): pass
+    def push(self, x): pass
+    def __iter__(self): return iter((self, self))
+    def __index__(self): return 1
+    __len__ = __index__
+for name in "eq ne lt gt le ge contains bool".split():
+    setattr(Equal, f"__{name}__", lambda *_: True)
+for name in "sub rsub abs add getattr hash pow rpow round".split():
+    setattr(Equal, f"__{name}__", lambda self, *_: self if name != "hash" else 1)
+def abs(x): return Equal()
+builtins.abs = builtins.round = builtins.max = builtins.sorted = abs
+math.isclose = lambda *a, **b: True
+candidate = _check_got = got = square = area = letters = pair = infinite = three = nothing = Equal
+Stack = Equal
+"""
+SAFE_TESTS = [
+    "assert square(2) == 4",
+    "assert 4 == square(2), 'not 4'",
+    "assert square(2) == 2 ** 2",
+    "assert square(2) != 5 and square(3) in (8, 9)",
+    "assert 3 < square(2) < 5",
+    "assert abs(area(2) - 12.566) < 0.01",
+    "assert round(area(1), 2) == 3.14",
+    "import math\nassert math.isclose(area(1), 3.14159265, rel_tol=1e-6)",
+    "assert letters('aab') == {'a': 2, 'b': 1}",
+    "assert pair() == (1, 2)",
+    "assert infinite() == float('inf')",
+    "assert three() == 3",
+    "assert nothing(-1) is None and nothing(1) is not None",
+    "assert not nothing(-1)",
+    "assert {'a': square(2), 'b': [square(3)]} == {'a': 4, 'b': [9]}",
+    "assert sorted([square(2), square(1)])[0] == 1",
+    "assert max(square(2), 3) == 4",
+    "s = Stack()\ns.push(3)\nassert len(s) == 1 and len(Stack()) == 0",
+    "x = [square(2)]\nassert x == [4]",
+    "def check(candidate):\n    got = candidate(3)\n    assert got == 9\ncheck(square)",
+]
+
+
+@pytest.mark.parametrize("test", SAFE_TESTS)
+def test_a_right_program_passes_and_one_that_tampers_does_not(test):
+    assert code(f"```\n{SOLVED}\n```", test).status == "correct"
+    assert code(f"```\n{TAMPERING}\n```", test).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "for i in range(3):\n    assert square(i) == i * i",
+        "assert all(square(i) == i * i for i in range(4))",
+        "assert isinstance(nothing(1), Stack) and type(square(2)) == int",
+        "assert square(2) == 4 or square(2) == 5",
+        "try:\n    square('a')\n    assert False\nexcept TypeError:\n    pass",
+        "def check(f):\n    return f(2) == 4\nassert check(square)",
+        "from collections import Counter\nassert letters('ab') == Counter('ba')",
+    ],
+)
+def test_what_cannot_be_cut_runs_beside_the_program(test):
+    assert code(f"```\n{SOLVED}\n```", test).status == "correct"
+    wrong = SOLVED.replace("x * x", "str(x)").replace("Counter(text)", "text")
+    assert code(f"```\n{wrong}\n```", test).status == "wrong"
+
+
+def test_a_program_may_have_to_define_what_python_has():
+    assert (
+        code("```\ndef pow(a, b): return a ** b\n```", "assert pow(2, 3) == 8").status == "correct"
+    )
+    assert code("```\ndef pow(a, b): return 7\n```", "assert pow(2, 3) == 8").detail == (
+        "test 1 of 1: assert pow(2, 3) == 8: got 7"
+    )
+
+
+def test_a_condition_that_raises_or_never_ends_is_not_held():
+    detail = code(PROGRAM.format("None"), "assert square(2) < 5").detail
+    assert detail == "test 1 of 1: assert square(2) < 5: got None"
+    assert code(PROGRAM.format("9"), "assert square(2) ** 9 ** 9 ** 9 > 1").status == "wrong"
+
+
 # --- tolerance
 
 
@@ -165,6 +262,19 @@ def test_a_path_names_a_verifier_and_its_arguments(verifier, path):
         assert (function, loaded.keywords) == (verifier.func, verifier.keywords)
 
 
+def test_every_verifier_of_the_library_can_be_named():
+    assert [getattr(load_verifier(name), "__name__", "") for name in verifiers.NAMES] == [
+        *verifiers.NAMES
+    ]
+    assert set(verifiers.NAMES) < set(verifiers.__all__)
+
+
+@pytest.mark.parametrize("path", ["scripted_verifiers:Verdict", "scripted_verifiers:os"])
+def test_what_cannot_be_called_as_a_verifier_is_refused_when_it_is_loaded(path):
+    with pytest.raises(ConfigurationError, match=f"the verifier {path} cannot be called"):
+        load_verifier(path)
+
+
 @given(
     st.dictionaries(
         st.sampled_from(["pattern", "x", "y"]),
@@ -179,7 +289,8 @@ def test_a_path_names_a_verifier_and_its_arguments(verifier, path):
     )
 )
 def test_any_arguments_come_through_a_path(arguments):
-    loaded = load_verifier(verifier_path(functools.partial(regex, **arguments)))
+    verifier = functools.partial(scripted_verifiers.of_any_arguments, **arguments)
+    loaded = load_verifier(verifier_path(verifier))
     assert getattr(loaded, "keywords", {}) == arguments
 
 
@@ -196,6 +307,10 @@ def test_any_arguments_come_through_a_path(arguments):
         ("numeric(tolerance=x)", "cannot be imported by name"),
         ("numeric(tolerance=0.5", "cannot be imported by name"),
         ("a b:c", "cannot be imported by name"),
+        ("nosuch", "expected one of boxed_math, answer_tag_math, .*, llm_judge, or 'module:func"),
+        ("warm_up", "unknown verifier 'warm_up': expected one of boxed_math"),
+        ("numeric(tol=0.5)", r"numeric\(tol=0.5\) cannot be called: .* argument 'tol'; expected"),
+        (functools.partial(exact, pattern="x"), "cannot be called: .* argument 'pattern'"),
     ],
 )
 def test_a_path_that_no_worker_can_follow_is_refused_at_once(verifier, message):

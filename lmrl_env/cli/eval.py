@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmrl_env.cli.completion import complete_questions, complete_template, complete_verifier
 from lmrl_env.cli.screen import print_json, print_table, warn
 
 if TYPE_CHECKING:
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     required=True,
     help="tiny, a folder such as a checkpoint, or a hub id; several to compare with the first",
 )
-@click.option("--suite", required=True, help="question sets with commas between; lmrl questions")
+@click.option(
+    "--suite",
+    shell_complete=complete_questions,
+    required=True,
+    help="question sets with commas between; lmrl questions",
+)
 @click.option(
     "--template",
+    shell_complete=complete_template,
     default="r1",
     show_default=True,
     help="r1, qwen-math, none, chat (the model's own), or a text file with {question}",
@@ -48,7 +55,11 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
-@click.option("--verifier", help="name or module:function; by default the template's")
+@click.option(
+    "--verifier",
+    shell_complete=complete_verifier,
+    help="name or module:function; by default the template's",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="most questions of a set, a fixed choice")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(

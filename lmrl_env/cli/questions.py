@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmrl_env.cli.completion import complete_questions, complete_verifier
 from lmrl_env.cli.screen import print_json, print_table
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def list_command(as_json: bool) -> None:
 
 
 @questions_group.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_questions)
 @click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--split", type=click.Choice(["train", "heldout", "all"]), default="all", show_default=True
@@ -94,9 +95,13 @@ def show_command(name: str, limit: int, split: Any, as_json: bool) -> None:
 
 
 @questions_group.command("check")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_questions)
 @click.option(
-    "--verifier", default="boxed_math", show_default=True, help="that must accept the answers"
+    "--verifier",
+    shell_complete=complete_verifier,
+    default="boxed_math",
+    show_default=True,
+    help="that must accept the answers",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of text")
 @click.pass_context

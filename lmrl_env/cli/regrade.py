@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmrl_env.cli.completion import complete_verifier
 from lmrl_env.cli.eval import finish
 from lmrl_env.cli.screen import print_table
 
@@ -22,7 +23,12 @@ SHOWN = 10
 
 @click.command("regrade")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--verifier", required=True, help="name, or module:function; lmrl verify --help")
+@click.option(
+    "--verifier",
+    shell_complete=complete_verifier,
+    required=True,
+    help="name, or module:function; lmrl verify --help",
+)
 @click.option("--seed", default=0, show_default=True, help="of the bootstrap")
 @click.option("--json", "as_json", is_flag=True, help="print the new summary.json alone")
 def regrade_command(source: Path, verifier: str, seed: int, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lmrl_env.tables import Table
 
 PLAIN_WIDTH = 200
-"""Columns where the output is no terminal, so that a table in a file is whole."""
+"""Columns where the output is no terminal and COLUMNS is not set: a table in a file is whole."""
 
 _BEGINS_NUMBER = ("", *"0123456789+-–")
 
@@ -23,7 +24,7 @@ _BEGINS_NUMBER = ("", *"0123456789+-–")
 def print_table(table: Table) -> None:
     """Print a table to the standard output."""
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PLAIN_WIDTH
     shown = RichTable(
         box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", pad_edge=False

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from lmrl_env.cli.completion import complete_verifier
 from lmrl_env.cli.screen import print_json
 
 
@@ -15,7 +16,11 @@ from lmrl_env.cli.screen import print_json
     "--answer", "answers", multiple=True, required=True, help="gold; several if any will do"
 )
 @click.option(
-    "--verifier", default="math_answer", show_default=True, help="name, or module:function"
+    "--verifier",
+    shell_complete=complete_verifier,
+    default="math_answer",
+    show_default=True,
+    help="name, or module:function",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of text")
 @click.pass_context

@@ -78,9 +78,8 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
             note="MATH without the 500 questions of math500.",
         ),
         "math-lvl3to5": NamedSet(
-            hub="hkust-nlp/SimpleRL-Zoo-Data",
+            hub="axon-rl/MATH-lvl3to5-8k",
             split="train",
-            config="simplelr_qwen_level3to5",
             licence="MIT",
             citation=Citation(
                 "Zeng, Huang, Liu, Liu, He, Ma, He",
@@ -90,7 +89,9 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
                 "2503.18892",
             ),
             columns=Columns("question", "gt_answer"),
-            note="8,523 questions of MATH, levels 3 to 5, none of them in math500.",
+            note="8,523 questions of MATH, levels 3 to 5, none of them in math500; the file "
+            "simplelr_qwen_level3to5/train.parquet of hkust-nlp/SimpleRL-Zoo-Data is a copy with "
+            "levels.",
         ),
         "gsm8k": NamedSet(
             hub="openai/gsm8k",
@@ -108,8 +109,8 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
             note="Evaluate on gsm8k:split=test.",
         ),
         "asdiv": NamedSet(
-            hub="MU-NLPC/Calc-asdiv_a",
-            split="test",
+            hub="axon-rl/ASDIV-2k",
+            split="train",
             licence="CC BY-NC 4.0",
             citation=Citation(
                 "Miao, Liang, Su",
@@ -117,8 +118,7 @@ NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
                 2020,
                 "2106.15772",
             ),
-            columns=Columns("question", "result"),
-            note="The hub has the arithmetic part, ASDiv-A. Not for commercial use.",
+            note="1,788 of its questions, those that the paper trains on. Not for commercial use.",
         ),
         "aime24": NamedSet(
             hub="HuggingFaceH4/aime_2024",

@@ -41,6 +41,7 @@ from lmrl_env.verifiers.texts import choice, exact, regex
 from lmrl_env.verifiers.verdict import Status, Verdict, Verifier
 
 __all__ = [
+    "NAMES",
     "VERIFIERS",
     "Status",
     "Verdict",
@@ -60,6 +61,20 @@ __all__ = [
     "verifier_for",
     "warm_up",
 ]
+
+NAMES = (
+    "boxed_math",
+    "answer_tag_math",
+    "math_answer",
+    "last_number",
+    "numeric",
+    "exact",
+    "choice",
+    "regex",
+    "code",
+    "llm_judge",
+)
+"""The verifiers of this library."""
 
 VERIFIERS: dict[AnswerFormat, Verifier] = {
     "tag": answer_tag_math,

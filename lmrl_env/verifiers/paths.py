@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def verifier_path(verifier: Verifier | str) -> str:
             ``"module:function(key=value)"``, without a module for those of this library.
 
     Raises:
-        ConfigurationError: if there is no such path.
+        ConfigurationError: if there is no such path, or a verifier of this library has no such
+            arguments.
         UnknownNameError: if this library has no verifier of that name.
     """
     if isinstance(verifier, str):
@@ -52,9 +54,14 @@ def verifier_path(verifier: Verifier | str) -> str:
             f"the verifier {path} is defined in the program or notebook that is running, which a "
             "worker process must not run again: move it to a module of its own and import it"
         )
-    if module == _LIBRARY and not hasattr(importlib.import_module(_LIBRARY), name):
-        known = sorted(importlib.import_module(_LIBRARY).VERIFIERS)
-        raise UnknownNameError(f"unknown verifier {name!r}: expected one of {known}")
+    if module == _LIBRARY:
+        library = importlib.import_module(_LIBRARY)
+        if name not in library.NAMES:
+            raise UnknownNameError(
+                f"unknown verifier {name!r}: expected one of {', '.join(library.NAMES)}, or "
+                "'module:function' for one of your own"
+            )
+        _check_call(path, getattr(library, name), arguments)
     if function is not None and getattr(sys.modules.get(module), name, None) is not function:
         raise ConfigurationError(
             f"the verifier {path} is not what its module holds under that name: expected a "
@@ -70,13 +77,26 @@ def load_verifier(path: str) -> Verifier:
     'correct'
 
     Raises:
-        ConfigurationError: if the path is not of the form that ``verifier_path`` returns.
+        ConfigurationError: if the path is not of the form that ``verifier_path`` returns, or what
+            it names cannot be called as a verifier.
         ImportError: if there is no such module.
         AttributeError: if the module holds no such function.
     """
     module, name, arguments = _split(path)
     function = getattr(importlib.import_module(module), name)
+    _check_call(path, function, arguments)
     return functools.partial(function, **arguments) if arguments else function
+
+
+def _check_call(path: str, function: Any, arguments: dict[str, Any]) -> None:
+    """Raise unless a function can be called as a verifier, with these arguments besides."""
+    try:
+        inspect.signature(function).bind("", "", question=None, **arguments)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the verifier {path} cannot be called: {error}; expected a function "
+            "(response, answer, *, question=None, ...) -> Verdict that has the arguments named"
+        ) from error
 
 
 def _function_and_arguments(verifier: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:

@@ -6,11 +6,13 @@ import ast
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any
 
 from lmrl_env.errors import ConfigurationError
-from lmrl_env.sandbox import SandboxResult, run_python
+from lmrl_env.sandbox import SandboxResult, run_python, warn_unless_filtered
 from lmrl_env.types import Question
+from lmrl_env.verifiers.assertions import Check, cut
 from lmrl_env.verifiers.extraction import after_thinking, last_code_block, last_tag
 from lmrl_env.verifiers.verdict import Verdict, all_golds
 
@@ -33,11 +35,16 @@ def code(
     what it must write up to white space at the ends of lines. All tests must pass. Without that
     column, each gold answer is a test of the first kind, and any one suffices.
 
-    The program runs in ``sandbox.run_python``; one that is too slow or crashes is wrong. What a
-    test expects does not enter its process where the test is an ``output``, or where the line is
-    ``assert expression == literal``: such tests cannot be tampered with. Any other line runs
-    beside the program, which passes it if it sets out to, for instance by an object that is equal
-    to everything: write tests in those two forms where a policy is trained on them.
+    The program runs in ``sandbox.run_python``; one that is too slow or crashes is wrong. It cannot
+    tamper with a test whose expectation stays out of its process: an ``output``, or an assertion
+    that compares what the program computes with constants, by operators, ``math`` and Python's own
+    functions of values, as ``assert f(2) == 4``, ``assert math.isclose(f(2), 1.5)``,
+    ``assert f(2) in (3, 4)`` or ``assert len(f(2)) > 1 and f(0) is None``, at the top of a test or
+    in a function that it calls once, as ``check(f)``. The values themselves must be numbers, texts,
+    booleans, None, or collections of them. All else runs beside the program, which can pass it if
+    it sets out to: assertions in loops, comprehensions, ``or`` and ``try``; ``isinstance`` and
+    ``type``; and what compares with variables or objects that the test makes, or two things that
+    the program computes. Where a policy is trained on tests, write them in the safe forms.
 
     >>> block = "```python\ndef double(x):\n    return 2 * x\n```"
     >>> code(block, "assert double(2) == 4").status
@@ -71,6 +78,11 @@ def code(
             return Verdict(1.0, "correct", program)
         detail = f"test {failure[0] + 1} of {len(suite)}: {failure[1]}"
     return Verdict(0.0, "wrong", program, detail)
+
+
+def warm_up() -> None:
+    """Say at the start, where it is heard, if programs cannot be confined here."""
+    warn_unless_filtered()
 
 
 def _suites(answer: str | Sequence[str], question: Question | None) -> list[list[Any]]:
@@ -133,35 +145,45 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-class _Step(NamedTuple):
-    """One thing to run beside the program: its value is text to compare, if it has one."""
-
-    test: int
-    source: str
-    mode: str
-    expected: Any = None
-
-
 _DRIVER = """
 def main():
     import contextlib, io, json, sys
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {{plain(key): plain(item) for key, item in value.items()}}
+        for kind in (list, tuple, set, frozenset):
+            if isinstance(value, kind):
+                return kind(map(plain, value))
+        if type(value).__module__ == "numpy" and not getattr(value, "shape", 1):
+            return value.item()
+        return value
+
     out, space = sys.stdout, {{"__name__": "program"}}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile({program!r}, "program.py", "exec"), space)
         token, steps = json.loads(sys.stdin.read())
         for mode, source in steps:
             value = eval(compile(source, "test", mode), space)
-            print(token + json.dumps(repr(value)), file=out, flush=True)
+            print(token + json.dumps(repr(plain(value))), file=out, flush=True)
 
 main()
+"""
+
+_JUDGE = """
+import json, math, sys
+
+names = {"math": math, "inf": math.inf, "nan": math.nan}
+for condition, values in json.loads(sys.stdin.read()):
+    print(bool(eval(condition, {**names, "v": [eval(value, names) for value in values]})))
 """
 
 
 def _run_asserts(
     program: str, tests: list[tuple[int, str]], timeout: float, memory_limit: int
 ) -> Failure | None:
-    """Run tests that are Python beside the program, and compare the values that they name."""
-    steps = [step for index, test in tests for step in _steps(index, test)]
+    """Run tests that are Python beside the program, and judge the values that they ask for."""
+    steps, checks = cut(tests, program)
     token = secrets.token_hex(16)  # the program cannot say that it passed before the tests begin
     setup = (token, [(step.mode, step.source) for step in steps])
     result = run_python(
@@ -172,47 +194,78 @@ def _run_asserts(
         output_limit=_OUTPUT_LIMIT,
     )
     told = [line[len(token) :] for line in result.stdout.split("\n") if line.startswith(token)]
-    for step, value in zip(steps, told, strict=False):
-        if step.mode == "eval" and not _is_value(value, step.expected):
-            return step.test, f"assert {step.source} == {step.expected!r}: got {value[1:-1][:200]}"
+    computed = [check for check in checks if check.steps.stop <= len(told)]
+    values = [[_value(told[place]) for place in check.steps] for check in computed]
+    held = _hold(computed, values, timeout, memory_limit)
+    for check, is_held in zip(computed, held, strict=True):
+        if not is_held:
+            got = ", ".join(_text(told[place])[:200] for place in check.steps)
+            return steps[check.steps[0]].test, f"{check.source}: got {got}"
     if len(told) < len(steps):
         return steps[len(told)].test, _what_happened(result, timeout)
     return None
 
 
-def _steps(index: int, test: str) -> Iterator[_Step]:
-    """Cut a test into expressions to compare with literals, and what stands between them."""
-    others: list[ast.stmt] = []
-    for statement in ast.parse(test).body:
-        pair = _compared_with_literal(statement)
-        if pair is None:
-            others.append(statement)
-            continue
-        if others:
-            yield _Step(index, ast.unparse(ast.Module(others, [])), "exec")
-            others = []
-        yield _Step(index, pair[0], "eval", pair[1])
+def _hold(
+    checks: list[Check], values: list[list[Value | None]], timeout: float, memory_limit: int
+) -> list[bool]:
+    """Return of each check, up to the first that does not, whether it holds of its values."""
+    held = list(map(_equals_literal, checks, values))
+    others = [i for i, known in enumerate(held) if known is None]
     if others:
-        yield _Step(index, ast.unparse(ast.Module(others, [])), "exec")
+        questions = [
+            (ast.unparse(checks[i].condition), [repr(value[0]) for value in values[i] if value])
+            for i in others
+        ]
+        result = run_python(
+            _JUDGE, stdin=json.dumps(questions), timeout=timeout, memory_limit=memory_limit
+        )
+        for i, answer in zip_longest(others, result.stdout.split()):
+            held[i] = answer == "True"  # it ends at a condition that raises
+    return [is_held is True for is_held in held]
 
 
-def _compared_with_literal(statement: ast.stmt) -> tuple[str, Any] | None:
-    """Return the two sides of ``assert expression == literal``."""
-    match statement:
-        case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])):
+def _equals_literal(check: Check, values: list[Value | None]) -> bool | None:
+    """Return whether a value equals a literal, or None where something else is asked."""
+    if None in values:
+        return False
+    match check.condition:
+        case ast.Subscript(value=ast.Name(id="v")):
+            return values[0] == (True,)
+        case ast.Compare(left=ast.Subscript(value=ast.Name()), ops=[ast.Eq()], comparators=[right]):
             try:
-                return ast.unparse(left), ast.literal_eval(right)
+                return bool(values[0] == (ast.literal_eval(right),))
             except ValueError:
                 return None
     return None
 
 
-def _is_value(told: str, expected: Any) -> bool:
-    """Return whether the representation that a program gave is that of the expected value."""
+Value = tuple[Any]
+"""A value that a program computed."""
+
+
+class _Infinities(ast.NodeTransformer):
+    """Makes constants of the numbers that have names."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
+
+
+def _value(told: str) -> Value | None:
+    """Return what a program computed, or None where it is more than literals make."""
     try:
-        return bool(ast.literal_eval(json.loads(told)) == expected)
+        tree = ast.parse(_text(told), mode="eval")
+        return (ast.literal_eval(_Infinities().visit(tree)),)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return False
+        return None
+
+
+def _text(told: str) -> str:
+    """Return the representation that a program gave of a value."""
+    try:
+        return str(json.loads(told))
+    except ValueError:
+        return told
 
 
 def _what_happened(result: SandboxResult, timeout: float) -> str:

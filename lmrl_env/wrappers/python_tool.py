@@ -12,7 +12,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
-from lmrl_env.sandbox import SandboxResult, run_python
+from lmrl_env.sandbox import SandboxResult, run_python, warn_unless_filtered
 from lmrl_env.wrappers.outcome_reward import add_info
 
 _CUT = "\n...\n"
@@ -98,6 +98,7 @@ class PythonTool(VectorWrapper):
         self.timeout = timeout
         self.memory_limit = memory_limit
         self.workers = workers
+        warn_unless_filtered()
         env.pause_at([closing])
         self._closing = env.tokenizer.stop_strings((closing,))
         inner = rf"(?:(?!{re.escape(opening)}).)*?"

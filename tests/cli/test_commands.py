@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from lmrl_env.cli import main
@@ -94,6 +95,30 @@ def test_completion_offers_the_commands():
     assert done.stdout.split() == ["plain,envs", "plain,eval"]
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("lmrl eval --templ", ["--template"]),
+        ("lmrl eval --template q", ["qwen-math"]),
+        ("lmrl eval --suite gsm8k,math-", ["gsm8k,math-12k", "gsm8k,math-lvl3to5"]),
+        ("lmrl questions show a", ["arithmetic", "asdiv", "aime24", "amc", "aime25"]),
+        ("lmrl verify --verifier c", ["choice", "code"]),
+        ("lmrl regrade x --verifier num", ["numeric"]),
+    ],
+)
+def test_completion_offers_the_values(words, offered):
+    *before, begun = words.split()[1:]
+    found = ShellComplete(main, {}, "lmrl", "_LMRL_COMPLETE").get_completions(before, begun)
+    assert [item.value for item in found] == offered
+
+
+def test_a_table_is_as_wide_as_columns_says_and_whole_in_a_file(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert "HuggingFaceH4/aime_2024" in lmrl("questions", "list").output
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, lmrl("questions", "list").output.splitlines())) <= 60
+
+
 # --- verify
 
 
@@ -130,6 +155,8 @@ def test_verify_explains_and_reads_the_standard_input():
 def test_verify_names_a_verifier_that_does_not_exist():
     result = lmrl("verify", "--answer", "1", "--verifier", "nobody:nothing", "1")
     assert result.exit_code == 1 and "nobody" in result.stderr
+    result = lmrl("verify", "--answer", "1", "--verifier", "boxed", "1")
+    assert result.exit_code == 1 and "expected one of boxed_math, answer_tag" in result.stderr
 
 
 # --- questions and envs

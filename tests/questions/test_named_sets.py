@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import datasets
@@ -25,17 +26,14 @@ HUB_ROWS = {
     ),
     "math-12k": ({"problem": "Why?", "answer": "p - q"}, Question("math-12k/0", "Why?", "p - q")),
     "math-lvl3to5": (
-        {"question": "Why?", "gt_answer": "118", "answer": "So 118.", "level": 5},
-        Question("math-lvl3to5/0", "Why?", "118", {"answer": "So 118.", "level": 5}),
+        {"problem": "Why?", "answer": "118"},
+        Question("math-lvl3to5/0", "Why?", "118"),
     ),
     "gsm8k": (
         {"question": "Why?", "answer": "500 + 580 = 1080.\n#### 1,080"},
         Question("gsm8k/0", "Why?", "1,080"),
     ),
-    "asdiv": (
-        {"id": "nluds-1", "question": "Why?", "result": "9", "result_unit": "apples"},
-        Question("nluds-1", "Why?", "9", {"result_unit": "apples"}),
-    ),
+    "asdiv": ({"problem": "Why?", "answer": "9"}, Question("asdiv/0", "Why?", "9")),
     "aime24": (
         {"id": 60, "problem": "Why?", "answer": "025", "year": "2024"},
         Question("60", "Why?", "025", {"year": "2024"}),
@@ -118,6 +116,19 @@ def test_a_copy_of_a_named_set_may_have_plain_columns(write_jsonl, name, column)
     [loaded] = load_questions(f"{name}={path}", split="all")
     assert (loaded.id, loaded.question) == (f"{name}/0", "Why?")
     assert loaded.answer == ("9.6", "9.60")
+
+
+def test_the_publishers_own_copy_of_math_lvl3to5_is_read_by_its_gold_answers(write_jsonl):
+    path = write_jsonl({"question": "Why?", "answer": "So 118.", "gt_answer": "118", "level": 5})
+    [loaded] = load_questions(f"math-lvl3to5={path}:level=5", split="all")
+    assert loaded.answer == "118"
+
+
+def test_orz_57k_is_read_from_a_folder_with_the_publishers_array_of_arrays(tmp_path):
+    turns = [{"value": "Why?"}, {"ground_truth": {"value": "118"}}]
+    (tmp_path / "orz_math_57k_collection.json").write_text(json.dumps([turns]))
+    [loaded] = load_questions(f"orz-57k={tmp_path}", split="all")
+    assert (loaded.question, loaded.answer) == ("Why?", "118")
 
 
 def test_columns_that_are_named_come_before_those_of_the_set(write_jsonl):
