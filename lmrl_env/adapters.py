@@ -123,7 +123,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters so that ``peft.PeftModel.from_pretrained`` and ``load_adapters`` load them.
+    """Write the adapters as PEFT does; ``load_adapters`` reads them too.
 
     Args:
         model: with adapters.
