@@ -243,7 +243,7 @@ def main(args: Args) -> None:
     updates = Updates(plan, policy, optimizer, args.max_grad_norm)
     run.start(envs, eval_envs, policy)
     # --- shared setup: end
-    reference = run.load_reference(vocab_size) if args.kl_coef else None
+    reference = run.load_reference(policy) if args.kl_coef else None
 
     for step in run.steps():
         # --- shared rollout: begin

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
-from lmrl_env.errors import ModelError
+from lmrl_env.errors import ConfigurationError, ModelError
 
 PACKED_ATTENTION = "lmrl_packed"
 """The name by which Transformers knows ``packed_attention``."""
@@ -215,6 +216,36 @@ def _attend(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2).contiguous()
+
+
+def use_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Make a model attend by an implementation.
+
+    Args:
+        model: on its device.
+        implementation: ``packed``, which is ours and stands aside for models that it does not
+            fit, or one of Transformers': ``sdpa``, ``eager`` or ``flash_attention_2``.
+
+    Raises:
+        ConfigurationError: if the implementation is not available here or to this model.
+    """
+    if implementation == "packed":
+        use_packed_attention(model)
+        return
+    if implementation == "flash_attention_2" and not (
+        model.device.type == "cuda" and is_flash_attn_2_available()
+    ):
+        raise ConfigurationError(
+            f"attention 'flash_attention_2' on the device {str(model.device)!r}: expected a CUDA "
+            "device and the package flash-attn; install it, or use 'packed' or 'sdpa'"
+        )
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"attention {implementation!r} does not fit {type(model).__name__} ({error}): use "
+            "'packed' or 'sdpa'"
+        ) from error
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

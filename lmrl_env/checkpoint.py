@@ -15,6 +15,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from lmrl_env.adapters import ADAPTER_FOLDER, has_adapters, merge_adapters, save_adapters
 from lmrl_env.errors import ModelError
 from lmrl_env.tokenizer import model_path
 
@@ -37,7 +38,7 @@ def save_checkpoint(
 
     Args:
         folder: such as ``checkpoints/step-100``; replaced if it exists.
-        model: the policy.
+        model: the policy; if it has adapters, they are merged, and beside it in ``adapter/``.
         tokenizer_of: model name whose tokenizer is saved with it.
         optimizer: its state goes into ``optimizer.safetensors``.
         state: plain values, into ``trainer.json``.
@@ -47,7 +48,11 @@ def save_checkpoint(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(
+        partial, state_dict=dict(merge_adapters(model, model.state_dict().items()))
+    )
+    if has_adapters(model):
+        save_adapters(model, partial / ADAPTER_FOLDER)
     AutoTokenizer.from_pretrained(model_path(tokenizer_of)).save_pretrained(partial)
     save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
     for name, (module, its_optimizer) in others.items():

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_packed_attention
+from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_attention
 from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.tokenizer import model_path
@@ -32,6 +32,8 @@ def load_model(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    attention: str = "packed",
+    gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model whose sampler and trainer see the same distribution.
 
@@ -42,10 +44,14 @@ def load_model(
         model: ``tiny``, a folder in the Transformers format, or a hub id.
         dtype: of the weights, such as ``"bfloat16"``.
         device: where they shall be.
+        attention: ``packed``, ``sdpa``, ``eager`` or ``flash_attention_2``.
+        gradient_checkpointing: whether a backward pass computes the activations of a block again
+            instead of keeping them. The model is then in training mode, without which
+            Transformers would keep them.
 
     Raises:
         ModelError: if the model cannot be loaded, or lacks some of its weights.
-        ConfigurationError: if there is no such dtype.
+        ConfigurationError: if there is no such dtype, or the model cannot do what is asked.
     """
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
@@ -83,8 +89,21 @@ def load_model(
     loaded.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-    use_packed_attention(loaded)
-    return loaded.to(device).eval()  # type: ignore[arg-type]
+    loaded.to(device).eval()  # type: ignore[arg-type]
+    use_attention(loaded, attention)
+    if gradient_checkpointing:
+        _checkpoint_gradients(loaded)
+    return loaded
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(
+            f"gradient checkpointing does not fit {type(model).__name__} ({error}): leave it out"
+        ) from error
+    model.train()
 
 
 def _dropouts(config: PreTrainedConfig) -> dict[str, float]:

@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lmrl_env.adapters import ADAPTER_FOLDER, WithoutAdapters, add_adapters, load_adapters
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.checkpoint import (
     OPTIMIZER_FILE,
@@ -135,7 +136,23 @@ class Run:
 
     def load_model(self) -> PreTrainedModel:
         """Load the model to train: that of the checkpoint when the run is resumed."""
-        return load_model(str(self.checkpoint or self.args.model), device=self.accelerator.device)
+        args = self.args
+        adapted = args.lora_rank is not None
+        model = load_model(
+            str(args.model if adapted else self.checkpoint or args.model),
+            device=self.accelerator.device,
+            attention=args.attention,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+        if args.attention == "flash_attention_2" and args.dtype == "float32":
+            raise ConfigurationError(
+                "--attention flash_attention_2 has no float32: add --dtype bfloat16"
+            )
+        if adapted:
+            add_adapters(model, args.lora_rank)
+            if self.checkpoint is not None:
+                load_adapters(model, self.checkpoint / ADAPTER_FOLDER)
+        return model
 
     def make_envs(self) -> tuple[VectorEnv[Any, Any, Any], VectorEnv[Any, Any, Any]]:
         """Make this rank's environments, to train in and to evaluate in."""
@@ -220,8 +237,9 @@ class Run:
             args.engine,
             args.model,
             max_model_len=max(table.width for table in tables) + args.max_new_tokens,
-            module=None if args.async_depth else module,
+            module=None if args.async_depth or args.lora_rank else module,
             dtype=args.dtype,
+            device=str(self.accelerator.device),
             seed=args.seed,
         )
         self._sync_weights(policy)
@@ -276,15 +294,20 @@ class Run:
         if self.checkpoint is not None:
             load_other(self.checkpoint, name, module, optimizer)
 
-    def load_reference(self, vocab_size: int) -> nn.Module:
+    def load_reference(self, policy: nn.Module) -> nn.Module:
         """Return the policy that the run started from, frozen, on this rank's device.
 
         Args:
-            vocab_size: V, ids that the tokenizer can emit.
+            policy: as ``prepare`` returned it; without its adapters, if it has any, it is the
+                reference itself.
         """
-        model = load_model(self.args.model, device=self.accelerator.device)
-        policy = Policy(model, vocab_size).requires_grad_(False)
-        return self.accelerator.prepare_model(policy, evaluation_mode=True)
+        trained: Policy = self.accelerator.unwrap_model(policy)
+        if self.args.lora_rank is not None:
+            return WithoutAdapters(trained)
+        args = self.args
+        model = load_model(args.model, device=self.accelerator.device, attention=args.attention)
+        reference = Policy(model, trained.vocab_size).requires_grad_(False)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # --- sampling
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmrl_env.adapters import merge_adapters
 from lmrl_env.errors import WeightSyncError
 from lmrl_env.policy import Policy, TokenBatch
 from lmrl_env.types import Sampling
@@ -24,8 +25,9 @@ CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 def full_weights(accelerator: Accelerator, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the policy's weights under the names of its Transformers model."""
-    yield from accelerator.unwrap_model(policy).model.state_dict().items()
+    """Yield the policy's weights, adapters merged, under the names of its Transformers model."""
+    model = accelerator.unwrap_model(policy).model
+    yield from merge_adapters(model, model.state_dict().items())
 
 
 def sync_weights(

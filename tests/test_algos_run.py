@@ -194,7 +194,7 @@ def test_the_flags_of_a_run_reach_its_functions(name, tmp_path, monkeypatch):
 
 @each("grpo", "rloo", "reinforce_pp")
 def test_without_a_penalty_no_reference_is_in_memory(name, tmp_path, monkeypatch):
-    def refuse(self, vocab_size):
+    def refuse(self, policy):
         raise AssertionError("a reference was loaded")
 
     monkeypatch.setattr(Run, "load_reference", refuse)

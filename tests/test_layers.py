@@ -20,7 +20,7 @@ LAYERS = (
         "tokenizer",
     ),
     ("questions", "engines.engine", "grading", "grading_process", "grading_worker"),
-    ("prompts", "env", "token_env", "attention", "engines"),
+    ("prompts", "env", "token_env", "adapters", "attention", "engines"),
     (
         "wrappers",
         "kl",
