@@ -29,6 +29,8 @@ LAYERS = (
         "policy",
         "critic",
         "batches",
+        "waiting",
+        "sharding",
         "distributed",
         "updates",
         "batch_plan",
