@@ -18,6 +18,7 @@ from lmrl_env.prompts import QuestionStream
 from lmrl_env.questions import Part
 from lmrl_env.rollout import Rollout, response_seeds
 from lmrl_env.types import BatchTotals
+from lmrl_env.waiting import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -163,6 +164,13 @@ class BatchPlan:
         cuts += [np.zeros(0, dtype=np.int64)] * (max(count, 1) - len(cuts))
         return micro_batches(batch, cuts, self.group_size, self.accelerator.device)
 
+    def closing_micro_batch(self, batch: Rollout) -> MicroBatch:
+        """Return the smallest micro-batch, which adds nothing: with it gradients are exchanged."""
+        shortest = batch._replace(response_lengths=np.minimum(batch.response_lengths, 1))
+        nothing = np.zeros(0, dtype=np.int64)
+        (micro,) = micro_batches(shortest, [nothing], self.group_size, self.accelerator.device)
+        return micro
+
     def halve_micro_batches(self, batch: Rollout) -> None:
         """Cut micro-batches by half as many tokens from now on, on every rank.
 
@@ -188,7 +196,7 @@ class BatchPlan:
             Shape (N, K), 0 behind the responses.
         """
         scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
-        with torch.no_grad():
+        with torch.no_grad(), waiting(self.accelerator.device):
             for micro in self.micro_batches(batch, np.arange(len(batch.rewards))):
                 scores[micro.rows, : micro.width] = forward(micro.tokens)
         return scores

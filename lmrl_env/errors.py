@@ -54,3 +54,7 @@ class WeightSyncError(EngineError):
 
 class TrainingError(LmrlError, RuntimeError):
     """A run that cannot go on: gradients that stay not finite, memory that is not enough."""
+
+
+class RankError(LmrlError, RuntimeError):
+    """Another rank that ended, or did not come in time."""

@@ -218,6 +218,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, vocab_size: int):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # what Accelerate shards one by one
         self.vocab_size = vocab_size
         if dropouts := _dropouts(model.config):
             raise ModelError(

@@ -33,7 +33,14 @@ from lmrl_env.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from lmrl_env.distributed import all_sum, any_rank, make_accelerator
+from lmrl_env.distributed import (
+    all_sum,
+    any_rank,
+    is_sharded,
+    make_accelerator,
+    prepare_frozen,
+    wait_for_everyone,
+)
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.evaluation import evaluate
@@ -47,6 +54,7 @@ from lmrl_env.questions import warn_of_overlap
 from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
 from lmrl_env.run_folder import RunFolder
+from lmrl_env.waiting import phase
 from lmrl_env.weight_sync import sync_weights
 
 if TYPE_CHECKING:
@@ -106,7 +114,14 @@ class Run:
                 f"--run-dir {args.run_dir!r} already holds a run: name another folder, or go on "
                 f"with --resume {args.run_dir}"
             )
-        self.accelerator = make_accelerator(args.device, args.dtype, args.tracker, args.run_dir)
+        self.accelerator = make_accelerator(
+            args.device,
+            args.dtype,
+            args.tracker,
+            args.run_dir,
+            wait_limit=args.wait_limit,
+            max_grad_norm=args.max_grad_norm,
+        )
         self.is_main = self.accelerator.is_main_process
         self.plan = BatchPlan(
             self.accelerator,
@@ -232,12 +247,14 @@ class Run:
             values = {k: v for k, v in vars(args).items() if v is not None}
             self.accelerator.init_trackers("lmrl_env", config=values)
         self._canary_prompt = tables[0][0].tolist()
-        module = self.accelerator.unwrap_model(policy).model
+        # Beside the training, from adapters or a sharded module, the local engine cannot sample.
+        alone = args.async_depth or args.lora_rank or is_sharded(self.accelerator)
+        module = None if alone else self.accelerator.unwrap_model(policy).model
         self._engine = make_engine(
             args.engine,
             args.model,
             max_model_len=max(table.width for table in tables) + args.max_new_tokens,
-            module=None if args.async_depth or args.lora_rank else module,
+            module=module,
             dtype=args.dtype,
             device=str(self.accelerator.device),
             seed=args.seed,
@@ -307,10 +324,11 @@ class Run:
         args = self.args
         model = load_model(args.model, device=self.accelerator.device, attention=args.attention)
         reference = Policy(model, trained.vocab_size).requires_grad_(False)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return prepare_frozen(self.accelerator, reference)
 
     # --- sampling
 
+    @phase("sampling")
     def rollout(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int = 0) -> Rollout:
         """Return a batch of this rank.
 
@@ -345,6 +363,7 @@ class Run:
 
     # --- verifiers that fail
 
+    @phase("grading")
     def settle_verifier_errors(self, batch: Rollout) -> Rollout:
         """Treat responses whose verifier timed out or crashed as ``--on-verifier-error`` says.
 
@@ -389,7 +408,8 @@ class Run:
         while self.last_step < self.args.steps and not self._stopping:
             self.last_step += 1
             self._step_started = time.perf_counter()
-            yield self.last_step
+            with phase("training"):
+                yield self.last_step
 
     def is_stopping(self) -> bool:
         """Return whether a signal reached any rank; every rank calls, once a step."""
@@ -422,6 +442,7 @@ class Run:
             dtype=self.args.dtype,
         )
 
+    @phase("sync")
     def sync(self, policy: nn.Module, batch: Rollout, train_seconds: float) -> dict[str, float]:
         """Give the engine the new weights, and return where the step's time went.
 
@@ -449,6 +470,7 @@ class Run:
             "time/sync": sync_seconds,
         }
 
+    @phase("evaluation")
     def evaluate(self, eval_envs: VectorEnv[Any, Any, Any]) -> dict[str, float | None]:
         """Return ``eval/*`` metrics of the engine's weights."""
         return evaluate(
@@ -493,16 +515,17 @@ class Run:
 
     # --- checkpoints and the end
 
+    @phase("checkpoint")
     def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write ``checkpoints/step-N`` and ``curves.png``."""
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         if self.is_main:
             folder = self.folder.checkpoints / f"step-{self.last_step}"
             model = self.accelerator.unwrap_model(policy).model
             state = {"step": self.last_step}
             save_checkpoint(folder, model, self.args.model, optimizer, state, self._others)
             plot_curves(self.folder.rows, self.folder.path / "curves.png", self._title())
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
 
     def _title(self) -> str:
         args = self.args

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmrl_env import distributed
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.batches import MicroBatch, Rows
+from lmrl_env.errors import TrainingError
 from lmrl_env.rollout import Rollout
 
 
@@ -50,12 +51,14 @@ class Updates:
         self._sums: dict[str, Tensor] = {}  # of the steps since the last call of metrics
         self._grad_norms: list[float] = []
         self._out_of_memory = False
+        self._closes = distributed.exchange_at_the_end(plan.accelerator, module)
 
     def micro_batches(self, batch: Rollout, rows: Rows) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an optimiser step, from the start again if memory ran out.
 
         They are then cut by half as many tokens, which does not change the gradient. With several
         ranks gradients are exchanged by an empty micro-batch at the end, once all have got through.
+        Sharded modules exchange them in every micro-batch, of which none can be taken back.
 
         Args:
             batch: of this rank.
@@ -64,13 +67,15 @@ class Updates:
         while True:
             self._shares, self._out_of_memory = {}, False
             for micro in self.plan.micro_batches(batch, rows):
-                yield micro
+                yield micro._replace(last=False) if self._closes else micro
                 if self._out_of_memory:
                     break
             if not distributed.any_rank(self.plan.accelerator, self._out_of_memory):
-                return
+                break
             self.optimizer.zero_grad()
             self.plan.halve_micro_batches(batch)
+        if self._closes:
+            yield self.plan.closing_micro_batch(batch)
 
     @contextmanager
     def micro_step(self, micro: MicroBatch) -> Iterator[None]:
@@ -78,7 +83,13 @@ class Updates:
         try:
             with distributed.micro_step(self.plan.accelerator, self.module, micro.last):
                 yield
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if distributed.is_sharded(self.plan.accelerator) or (self._closes and micro.last):
+                raise TrainingError(
+                    f"out of memory in a micro-batch of {micro.mask.numel()} response tokens, "
+                    "where other ranks already wait for this one's part; lower "
+                    f"--micro-batch-tokens {self.plan.max_tokens}, or take --gradient-checkpointing"
+                ) from error
             self._out_of_memory = True
 
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
@@ -90,7 +101,7 @@ class Updates:
     def step(self) -> None:
         """Take the optimiser step, unless its gradient is not finite."""
         accelerator = self.plan.accelerator
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).item()
+        norm = distributed.clip_grad_norm(accelerator, self.module, self.max_grad_norm)
         self._grad_norms.append(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lmrl_env.adapters import merge_adapters
 from lmrl_env.errors import WeightSyncError
-from lmrl_env.policy import Policy, TokenBatch
+from lmrl_env.policy import TokenBatch
+from lmrl_env.sharding import full_tensors
 from lmrl_env.types import Sampling
+from lmrl_env.waiting import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,9 +27,13 @@ CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 def full_weights(accelerator: Accelerator, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the policy's weights, adapters merged, under the names of its Transformers model."""
+    """Yield the policy's weights, whole, adapters merged, named as its Transformers model's.
+
+    They come one after another, so that one tensor is all the memory that a sharded policy takes
+    more. Every rank takes all of them.
+    """
     model = accelerator.unwrap_model(policy).model
-    yield from merge_adapters(model, model.state_dict().items())
+    yield from merge_adapters(model, full_tensors(model))
 
 
 def sync_weights(
@@ -62,10 +68,12 @@ def sync_weights(
     Raises:
         WeightSyncError: if it exceeds the tolerance, or the version is not the new one.
     """
-    engine.update_weights(full_weights(accelerator, policy), version)
+    weights = full_weights(accelerator, policy)
+    engine.update_weights(weights, version)
+    for _ in weights:  # an engine that another rank gives them leaves them, and ranks gather them
+        pass
     sampling = Sampling(min(CANARY_TOKENS, max_new_tokens), temperature)
     (completion,) = engine.generate([prompt_ids], sampling, 1, [version])
-    module: Policy = accelerator.unwrap_model(policy)
     device = accelerator.device
     batch = TokenBatch(
         prompt_ids=torch.tensor([list(prompt_ids)], device=device),
@@ -74,8 +82,8 @@ def sync_weights(
         response_ids=torch.as_tensor(completion.token_ids[None].astype(np.int64), device=device),
         response_lengths=torch.tensor([len(completion.token_ids)], device=device),
     )
-    with torch.no_grad():
-        logprobs, _ = module(batch, temperature=temperature)
+    with torch.no_grad(), waiting(accelerator.device):  # every rank: a sharded policy communicates
+        logprobs, _ = policy(batch, temperature=temperature)
     gap = float(np.abs(logprobs[0].cpu().numpy() - completion.logprobs).max())
     if completion.version != version or not gap <= CANARY_TOLERANCE[dtype]:
         raise WeightSyncError(

@@ -30,6 +30,8 @@ LAYERS = (
         "policy",
         "critic",
         "batches",
+        "waiting",
+        "sharding",
         "distributed",
         "updates",
         "batch_plan",

@@ -1,0 +1,106 @@
+"""Tensors of which every rank holds a part, made whole one after another.
+
+They are those of plain modules, of modules under DDP, of FSDP2 (``DTensor``) and of DeepSpeed's
+ZeRO-3. What is whole already is returned as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lmrl_env.waiting import waiting
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor of which ranks may hold parts, whole and detached; every rank calls."""
+    if isinstance(tensor, DTensor):
+        with waiting(tensor.device):
+            return tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    if hasattr(tensor, "ds_id"):  # a parameter under ZeRO-3
+        import deepspeed
+
+        with waiting(tensor.device), deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
+
+
+def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the entries of a module's state dict, whole, one after another; every rank calls.
+
+    Only one of them that was not there before exists at a time.
+
+    Args:
+        module: whole or sharded, without the wrapper of ``prepare``.
+    """
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        yield name, full_tensor(tensor)
+
+
+def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the entries of a state dict, which every rank has whole, into a module.
+
+    Args:
+        module: whole or sharded by FSDP2, without the wrapper of ``prepare``.
+        tensors: by the names of its state dict.
+    """
+    for name, own in module.state_dict().items():
+        own.copy_(_part_like(own, tensors[name]))
+
+
+def full_optimizer_state(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return an optimiser's state, whole and on the CPU, on the first rank; every rank calls.
+
+    Args:
+        accelerator: of this rank.
+        optimizer: as ``prepare`` returned it.
+
+    Returns:
+        Tensors by ``"INDEX.NAME"``, the parameter's place in the optimiser and the state's name;
+        nothing on the other ranks.
+    """
+    state = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            whole = full_tensor(value)
+            if accelerator.is_main_process:
+                state[f"{index}.{name}"] = whole.cpu().contiguous()
+    return state
+
+
+def load_full_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
+) -> None:
+    """Put an optimiser's state back, its hyper-parameters left as they are.
+
+    Args:
+        optimizer: as ``prepare`` returned it; how its module is sharded may have changed.
+        state: as ``full_optimizer_state`` returned it, on every rank.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        index, name = key.split(".", 1)
+        own = parameters[int(index)]
+        if value.shape == own.shape:  # a count of steps is not sharded
+            value = _part_like(own, value)
+        entries.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _part_like(own: Tensor, whole: Tensor) -> Tensor:
+    """Return this rank's part of a whole tensor, as it holds its own."""
+    if not isinstance(own, DTensor):
+        return whole
+    whole = whole.to(own.device)
+    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
