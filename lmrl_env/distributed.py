@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from lmrl_env.errors import ConfigurationError
@@ -105,6 +105,17 @@ def mean_shares(
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     return bool(all_sum(accelerator, float(flag)) > 0) if accelerator.num_processes > 1 else flag
+
+
+def all_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """Return the items of all ranks, in the order of ranks."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether ranks hold parts of a module, and exchange them in every forward."""
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return sharded and accelerator.num_processes > 1
 
 
 def shutdown(accelerator: Accelerator) -> None:

@@ -30,6 +30,7 @@ LAYERS = (
         "critic",
         "batches",
         "distributed",
+        "memory",
         "updates",
         "batch_plan",
         "weight_sync",
