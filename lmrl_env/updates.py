@@ -165,7 +165,8 @@ class Updates:
             self._grad_norms.append(self._norm)
         self.optimizer.zero_grad()
         for name, share in self._shares.items():
-            self._sums[name] = self._sums.get(name, 0) + (share if finite else 0)
+            total = self._sums.get(name, torch.zeros_like(share))
+            self._sums[name] = total + share if finite else total
         self._skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row == MAX_SKIPPED:
