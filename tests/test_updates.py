@@ -165,8 +165,7 @@ def test_the_failed_micro_batch_is_freed_before_the_next_large_one(accelerator):
     run = setup(accelerator)
     run.policy.most_tokens, run.policy.fails_in_backward = 20, True
     states, alive = [], []
-    head = run.policy.model.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, output: states.append(weakref.ref(output)))
+    run.policy.register_forward_hook(lambda _, __, out: states.append(weakref.ref(out[0])))
 
     def look(tokens):
         if states and not alive and len(tokens.response_ids) > 1:
