@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lmrl_env import memory
 from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
-from lmrl_env.distributed import all_gather, all_sum
+from lmrl_env.distributed import all_gather, all_sum, any_rank, is_sharded
 from lmrl_env.errors import ConfigurationError, TrainingError
 from lmrl_env.policy import TokenBatch
 from lmrl_env.prompts import QuestionStream
@@ -22,6 +24,11 @@ from lmrl_env.waiting import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, str, Rollout, Mapping[int, list[str]]], None]
+"""Called on every rank with what happened, more of it, a batch, and what is wrong with its rows."""
 
 
 class BatchPlan:
@@ -38,6 +45,7 @@ class BatchPlan:
         epochs: passes over a batch.
         max_tokens: of a micro-batch.
         seed: of the run.
+        report: is told of faults that the run survives; by default they are logged.
 
     Attributes:
         groups: number of this rank's questions.
@@ -58,6 +66,7 @@ class BatchPlan:
         epochs: int,
         max_tokens: int,
         seed: int,
+        report: Report | None = None,
     ):
         ranks = accelerator.num_processes
         if questions < 1 or questions % ranks:
@@ -77,6 +86,7 @@ class BatchPlan:
         self.epochs = epochs
         self.max_tokens = max_tokens
         self.seed = seed
+        self.report = report or _log
         self.groups = questions // ranks
         self.first_group = accelerator.process_index * self.groups
         self.own = slice(
@@ -153,40 +163,109 @@ class BatchPlan:
         responses, tokens = (max(1, int(count)) for count in all_sum(self.accelerator, counts))
         return BatchTotals(responses, tokens, batch.mask.shape[1])
 
-    def micro_batches(self, batch: Rollout, rows: Rows) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, batch: Rollout, rows: Rows, max_tokens: int | None = None
+    ) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an optimiser step.
 
         A rank with fewer of them than another gets empty ones: sharded modules communicate in
         every forward, so that all ranks must make as many.
+
+        Args:
+            batch: of this rank.
+            rows: of the optimiser step.
+            max_tokens: of a micro-batch; the plan's by default.
         """
-        cuts = micro_batch_rows(batch, rows, self.group_size, self.max_tokens)
+        cuts = micro_batch_rows(batch, rows, self.group_size, max_tokens or self.max_tokens)
         count = int(all_gather(self.accelerator, np.array([len(cuts)])).max())
         cuts += [np.zeros(0, dtype=np.int64)] * (max(count, 1) - len(cuts))
         return micro_batches(batch, cuts, self.group_size, self.accelerator.device)
 
-    def closing_micro_batch(self, batch: Rollout) -> MicroBatch:
-        """Return the smallest micro-batch, which adds nothing: with it gradients are exchanged."""
+    def empty_micro_batch(self, batch: Rollout) -> MicroBatch:
+        """Return the smallest micro-batch, which adds nothing to any sum."""
         shortest = batch._replace(response_lengths=np.minimum(batch.response_lengths, 1))
         nothing = np.zeros(0, dtype=np.int64)
         (micro,) = micro_batches(shortest, [nothing], self.group_size, self.accelerator.device)
         return micro
 
-    def halve_micro_batches(self, batch: Rollout) -> None:
-        """Cut micro-batches by half as many tokens from now on, on every rank.
+    def check_out_of_memory(self, error: RuntimeError, others_wait: bool = False) -> None:
+        """Raise an error again, unless it says that memory ran out and all ranks can begin anew.
+
+        Args:
+            error: of a micro-batch.
+            others_wait: whether other ranks wait in it for this one, as they always do where a
+                module is sharded.
+
+        Raises:
+            TrainingError: if others wait, in the middle of the micro-batch that one gave up.
+        """
+        if not memory.is_out_of_memory(error):
+            raise error
+        if others_wait or is_sharded(self.accelerator):
+            raise TrainingError(
+                f"rank {self.accelerator.process_index} is out of memory in a micro-batch of at "
+                f"most {self.max_tokens} tokens, in which other ranks wait for it: go on with "
+                f"--micro-batch-tokens {self.max_tokens // 2} or --gradient-checkpointing ({error})"
+            ) from error
+
+    def halve_micro_batches(self, batch: Rollout, rows: Rows) -> None:
+        """Cut rows into more micro-batches from now on, of half as many tokens, on every rank.
 
         Raises:
             TrainingError: if none of them can be cut further.
         """
-        longest = int(max(batch.prompt_lengths + batch.response_lengths))
+        rows_longest = int((batch.prompt_lengths + batch.response_lengths)[rows].max(initial=1))
+        cuts = micro_batch_rows(batch, rows, self.group_size, self.max_tokens)
+        tokens = self.max_tokens
+        while tokens > rows_longest:  # a batch may be much smaller than the budget
+            tokens = max(rows_longest, tokens // 2)
+            if len(micro_batch_rows(batch, rows, self.group_size, tokens)) > len(cuts):
+                break
+        everywhere = all_gather(self.accelerator, np.array([[rows_longest, tokens]]))
+        longest = int(everywhere[:, 0].max())
         if self.max_tokens <= longest:
             raise TrainingError(
-                f"out of memory in a micro-batch of one response of {longest} tokens: expected "
-                "room for it; lower --max-new-tokens, or take --gradient-checkpointing"
+                f"out of memory in a micro-batch of at most {self.max_tokens} tokens, and one "
+                f"response with its question has {longest}: expected room for it; lower "
+                "--max-new-tokens, take --gradient-checkpointing or --dtype bfloat16, or more ranks"
             )
-        self.max_tokens = max(longest, self.max_tokens // 2)
+        before, self.max_tokens = self.max_tokens, max(longest, int(everywhere[:, 1].min()))
+        memory.release()
+        self.report(
+            "out of memory in a micro-batch",
+            f"they have at most {self.max_tokens} tokens instead of {before} from now on, and the "
+            f"same gradient; --micro-batch-tokens {self.max_tokens} says so from the start",
+            batch,
+            {},
+        )
+
+    def report_not_finite(
+        self, name: str, batch: Rollout, rows: Rows, causes: Mapping[int, list[str]]
+    ) -> None:
+        """Report an optimiser step that is not finite, once on the screen, on every rank.
+
+        Args:
+            name: of the module under training.
+            batch: of this rank.
+            rows: of the optimiser step.
+            causes: what is not finite, by row.
+        """
+        found, total = all_sum(self.accelerator, [len(causes), len(rows)])
+        rewards = all_sum(self.accelerator, sum("reward" in names for names in causes.values()))
+        self.report(
+            f"the loss or gradient of the {name} is not finite",
+            "the optimiser step is skipped; "
+            + (f"{found:.0f} of its {total:.0f} responses are" if found else "no response is")
+            + " not finite alone"
+            + (f", {rewards:.0f} by their reward" if rewards else ""),
+            batch,
+            causes,
+        )
 
     def score(self, batch: Rollout, forward: Callable[[TokenBatch], Tensor]) -> Tensor:
         """Return what a module says of each token of this rank's responses, without gradient.
+
+        Where memory runs out, micro-batches are cut smaller and it starts again.
 
         Args:
             batch: of this rank.
@@ -195,12 +274,26 @@ class BatchPlan:
         Returns:
             Shape (N, K), 0 behind the responses.
         """
-        scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
-        with torch.no_grad(), waiting(self.accelerator.device):
-            for micro in self.micro_batches(batch, np.arange(len(batch.rewards))):
-                scores[micro.rows, : micro.width] = forward(micro.tokens)
-        return scores
+        rows = np.arange(len(batch.rewards))
+        while True:
+            scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
+            out_of_memory = False
+            for micro in self.micro_batches(batch, rows):
+                try:
+                    with torch.no_grad(), waiting(self.accelerator.device):
+                        scores[micro.rows, : micro.width] = forward(micro.tokens)
+                except RuntimeError as error:
+                    self.check_out_of_memory(error)
+                    out_of_memory = True
+                    break
+            if not any_rank(self.accelerator, out_of_memory):
+                return scores
+            self.halve_micro_batches(batch, rows)
 
     def logprobs(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
         """Return a policy's log-probs of this rank's responses, shape (N, K), no gradient."""
         return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0])
+
+
+def _log(what: str, detail: str, batch: Rollout, causes: Mapping[int, list[str]]) -> None:
+    logger.warning("%s: %s", what, detail)

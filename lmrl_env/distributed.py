@@ -243,6 +243,11 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
+def all_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """Return the items of all ranks, in the order of ranks."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
+
+
 def shutdown(accelerator: Accelerator) -> None:
     """End trackers and the process group, after all ranks got here.
 

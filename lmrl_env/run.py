@@ -34,6 +34,7 @@ from lmrl_env.checkpoint import (
     save_checkpoint,
 )
 from lmrl_env.distributed import (
+    all_lists,
     all_sum,
     any_rank,
     is_sharded,
@@ -53,7 +54,8 @@ from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
 from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
-from lmrl_env.run_folder import RunFolder
+from lmrl_env.run_folder import FAULTS_FILE, RunFolder, finite, sample_record
+from lmrl_env.tokenizer import load_tokenizer
 from lmrl_env.waiting import phase
 from lmrl_env.weight_sync import sync_weights
 
@@ -131,6 +133,7 @@ class Run:
             epochs=args.epochs,
             max_tokens=args.micro_batch_tokens,
             seed=args.seed,
+            report=self._report_fault,
         )
         self.checkpoint = latest_checkpoint(self.folder.checkpoints) if args.resume else None
         self.last_step = 0
@@ -144,6 +147,7 @@ class Run:
         self._stop_signal: signal.Signals | None = None
         self._stopping = False
         self._warned = False
+        self._reported: set[str] = set()
         self._batch_saved = self.last_step > 0
         self._others: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
         self._sampler = ThreadPoolExecutor(1)
@@ -401,6 +405,27 @@ class Run:
                     style="bold yellow",
                 )
 
+    # --- faults that a run survives
+
+    def _report_fault(
+        self, what: str, detail: str, batch: Rollout, causes: Mapping[int, list[str]]
+    ) -> None:
+        """Say what happened, once, and keep the responses that caused it; every rank calls."""
+        decode = load_tokenizer(self.args.model).decode
+        records = all_lists(
+            self.accelerator,
+            [
+                {"step": self.last_step, "not_finite": names, **sample_record(batch, row, decode)}
+                for row, names in causes.items()
+            ],
+        )
+        if self.is_main and records:
+            self.folder.append_faults(records)
+            detail += f"; they are in {self.folder.path / FAULTS_FILE}"
+        if what not in self._reported:
+            self._reported.add(what)
+            self._show(f"warning: step {self.last_step}: {what}: {detail}", style="bold yellow")
+
     # --- the clock
 
     def steps(self) -> Iterator[int]:
@@ -507,8 +532,9 @@ class Run:
 
     def _write_row(self, metrics: Mapping[str, Any]) -> None:
         self._warn_of_verifier_errors(metrics)
-        row = {"step": self.last_step, **metrics}
-        self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, self.last_step)
+        row = finite({"step": self.last_step, **metrics})
+        logged = {k: v for k, v in row.items() if k != "step" and v is not None}
+        self.accelerator.log(logged, self.last_step)
         if self.is_main:
             self.folder.append_row(row)
             self.display.update(row)

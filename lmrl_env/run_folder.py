@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmrl_env.rollout import Rollout
+
+FAULTS_FILE = "faults.jsonl"
+"""Responses whose loss or gradient was not finite."""
 
 
 class RunFolder:
@@ -43,8 +47,10 @@ class RunFolder:
 
     def keep_rows(self, last_step: int | None) -> None:
         """Drop logged rows behind a step, which will be written again; None drops all."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", FAULTS_FILE):
             path = self.path / name
+            if name == FAULTS_FILE and not path.exists():
+                continue
             rows = []
             if last_step is not None and path.exists():
                 for line in path.read_text().splitlines():
@@ -61,10 +67,16 @@ class RunFolder:
                 self.rows = rows
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Add a row to ``metrics.jsonl``."""
+        """Add a row to ``metrics.jsonl``; a number that is not finite is null there."""
+        row = finite(row)
         self.rows.append(row)
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def append_faults(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add responses that were not finite to ``faults.jsonl``."""
+        with (self.path / FAULTS_FILE).open("a") as file:
+            file.writelines(json.dumps(finite(record)) + "\n" for record in records)
 
     def append_samples(
         self, step: int, rollout: Rollout, count: int, decode: Callable[[Any], str]
@@ -72,7 +84,16 @@ class RunFolder:
         """Add the first responses of a batch to ``samples.jsonl``."""
         with (self.path / "samples.jsonl").open("a") as file:
             for i in range(min(count, len(rollout.rewards))):
-                file.write(json.dumps({"step": step, **sample_record(rollout, i, decode)}) + "\n")
+                record = finite({"step": step, **sample_record(rollout, i, decode)})
+                file.write(json.dumps(record) + "\n")
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with None for numbers that are not finite, which JSON cannot hold."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def sample_record(rollout: Rollout, row: int, decode: Callable[[Any], str]) -> dict[str, Any]:

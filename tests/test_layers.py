@@ -33,6 +33,7 @@ LAYERS = (
         "waiting",
         "sharding",
         "distributed",
+        "memory",
         "updates",
         "batch_plan",
         "weight_sync",
