@@ -54,3 +54,7 @@ class WeightSyncError(EngineError):
 
 class TrainingError(LmrlError, RuntimeError):
     """A run that cannot go on: gradients that stay not finite, memory that is not enough."""
+
+
+class RunFolderError(LmrlError, RuntimeError):
+    """A run's folder that is in use, cannot be written, or has no intact checkpoint."""
