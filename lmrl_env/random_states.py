@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_states() -> dict[str, Tensor]:
     """Return the states of the generators of torch, NumPy and Python, one-dimensional tensors.
 

@@ -31,6 +31,7 @@ from lmrl_env.progress import ProgressDisplay
 from lmrl_env.prompts import PromptTable
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
+from lmrl_env.random_states import seed_generators
 from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.resumption import Resumption
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
@@ -122,7 +123,7 @@ class Run:
             self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
         )
         self.checkpoint, self.last_step = self._resumption.checkpoint, self._resumption.step
-        torch.manual_seed(args.seed)
+        seed_generators(args.seed)
         transformers_logging.disable_progress_bar()
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
         self._stack = ExitStack()

@@ -131,7 +131,9 @@ def test_the_checkpoint_of_an_algorithm_without_a_critic_is_refused_by_ppo(finis
 
 def test_the_critic_learns_and_is_not_the_policy(finished):
     checkpoints = finished("ppo") / "checkpoints"
-    first, second = (load_file(checkpoints / f"step-{i}/trainer/critic.safetensors") for i in (1, 2))
+    first, second = (
+        load_file(checkpoints / f"step-{i}/trainer/critic.safetensors") for i in (1, 2)
+    )
     assert first["head.weight"].any() and not torch.equal(
         first["head.weight"], second["head.weight"]
     )

@@ -61,6 +61,7 @@ LAYERS = (
         "comparison",
         "analysis",
         "cli",
+        "export",
         "__main__",
     ),
     ("",),
