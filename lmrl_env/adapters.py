@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,25 +113,26 @@ class WithoutAdapters(nn.Module):
             return self.policy(*args, **kwargs)
 
 
-def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the adapters' own tensors under the names of PEFT's files."""
+def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the adapters' own tensors of a state dict under the names of PEFT's files."""
     return {
         "base_model.model." + name.replace(f".{ADAPTER}.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in weights.items()
         if ".lora_" in name
     }
 
 
-def save_adapters(model: PreTrainedModel, folder: Path) -> None:
+def save_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write the adapters as PEFT does; ``load_adapters`` reads them too.
 
     Args:
         model: with adapters.
+        weights: its state dict, whole.
         folder: which is made.
     """
     folder.mkdir()
-    weights = {name: tensor.contiguous() for name, tensor in adapter_weights(model).items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    own = {name: tensor.contiguous() for name, tensor in adapter_weights(weights).items()}
+    save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config: Any = model.peft_config
     config[ADAPTER].save_pretrained(folder)
 
@@ -154,7 +155,7 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
             f"{file} cannot be read ({error}): expected adapters; resume a run of all weights "
             "without --lora-rank"
         ) from error
-    own = adapter_weights(model)
+    own = adapter_weights(model.state_dict())
     shapes, expected = ({n: tuple(t.shape) for n, t in w.items()} for w in (saved, own))
     if shapes != expected:
         name = min(name for name, _ in shapes.items() ^ expected.items())

@@ -77,4 +77,5 @@ class _LogProbAndEntropy(torch.autograd.Function):
 
 
 def _entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
-    return -torch.einsum("tv,tv->t", probs, logprobs)  # no product of their size
+    with torch.autocast(probs.device.type, enabled=False):
+        return -torch.einsum("tv,tv->t", probs, logprobs)  # no product of their size

@@ -1,125 +1,144 @@
-"""Checkpoints: a Transformers folder with the optimiser's state beside it, written atomically."""
+"""The checkpoints of a run: written as a whole, verified when read, kept by count.
+
+``step-N/`` is a Transformers folder, which every ``--model`` takes. What only a resumed run needs
+lies in ``step-N/trainer/``, and ``step-N/checksums.json`` vouches for all of it.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer
 
-from lmrl_env.adapters import ADAPTER_FOLDER, has_adapters, merge_adapters, save_adapters
-from lmrl_env.errors import ModelError
+from lmrl_env.durable import find_damage, naming, whole_folder
+from lmrl_env.errors import RunFolderError
 from lmrl_env.tokenizer import model_path
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-TRAINER_FILE = "trainer.json"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINER = "trainer"
+"""Name of the folder inside of a checkpoint that is no part of the model."""
 
 
-def save_checkpoint(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer_of: str,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    others: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]],
-) -> None:
-    """Write a checkpoint that ``--model`` and ``--resume`` can both load.
+class Checkpoints:
+    """The folder ``checkpoints/step-N/`` of a run.
 
-    It is written beside ``folder`` and renamed into place when it is whole, so that a folder of
-    that name is never half a checkpoint.
+    A checkpoint is never overwritten: there is at most one of a step.
 
     Args:
-        folder: such as ``checkpoints/step-100``; replaced if it exists.
-        model: the policy; if it has adapters, they are merged, and beside it in ``adapter/``.
-        tokenizer_of: model name whose tokenizer is saved with it.
-        optimizer: its state goes into ``optimizer.safetensors``.
-        state: plain values, into ``trainer.json``.
-        others: further modules under training and their optimisers, by name, into
-            ``NAME.safetensors`` and ``NAME_optimizer.safetensors``.
+        path: of the folder, which is made with the first checkpoint.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(
-        partial, state_dict=dict(merge_adapters(model, model.state_dict().items()))
-    )
-    if has_adapters(model):
-        save_adapters(model, partial / ADAPTER_FOLDER)
-    AutoTokenizer.from_pretrained(model_path(tokenizer_of)).save_pretrained(partial)
-    save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
-    for name, (module, its_optimizer) in others.items():
-        save_model(module, str(partial / f"{name}.safetensors"))
-        save_file(_optimizer_tensors(its_optimizer), partial / f"{name}_{OPTIMIZER_FILE}")
-    (partial / TRAINER_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def folder(self, step: int) -> Path:
+        """Return where the checkpoint of a step is."""
+        return self.path / f"step-{step}"
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        names = (path.name.removeprefix("step-") for path in self.path.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def recover(self) -> tuple[int | None, list[str]]:
+        """Find the newest intact checkpoint, and put damaged ones out of the way.
+
+        What a killed run left half written or half deleted is removed.
+
+        Returns:
+            Its step, or None if there has been no checkpoint yet; and what was damaged, a line
+            each.
+
+        Raises:
+            RunFolderError: if there are checkpoints and all of them are damaged.
+        """
+        for partial in self.path.glob("step-*.partial"):
+            shutil.rmtree(partial)
+        damaged: list[tuple[Path, str]] = []
+        for step in reversed(self.steps):
+            folder = self.folder(step)
+            damage = find_damage(folder)
+            if damage is None:
+                for path, _ in damaged:
+                    shutil.rmtree(f"{path}.damaged", ignore_errors=True)
+                    path.rename(f"{path}.damaged")
+                return step, [
+                    f"{path} is damaged: {what}; it is not used, and is {path.name}.damaged now"
+                    for path, what in damaged
+                ]
+            damaged.append((folder, damage))
+        if damaged:
+            listed = "; ".join(f"{path}: {what}" for path, what in damaged)
+            raise RunFolderError(
+                f"no checkpoint is intact ({listed}): expected one at least; put a copy back, or "
+                f"remove {self.path} to start this run again"
+            )
+        return None, []
+
+    @contextmanager
+    def write(self, step: int) -> Iterator[Path]:
+        """Give a folder to write a checkpoint into, which gets its name when it is whole.
+
+        Raises:
+            RunFolderError: if it cannot be written; nothing is left of it then, and the others
+                are as they were.
+        """
+        with whole_folder(self.folder(step)) as partial:
+            (partial / TRAINER).mkdir()
+            yield partial
+
+    def prune(self, keep: int, accuracies: Mapping[int, float]) -> None:
+        """Delete old checkpoints.
+
+        Args:
+            keep: number of the newest that stay; 0 keeps all.
+            accuracies: held-out accuracy by step; the best checkpoint stays too.
+        """
+        steps = self.steps
+        kept = set(steps[-keep:]) | best_step(steps, accuracies)
+        for step in steps:
+            if step not in kept:
+                doomed = self.folder(step).with_suffix(".partial")
+                self.folder(step).rename(doomed)  # a half-deleted one is no checkpoint either
+                shutil.rmtree(doomed)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{index}.{name}": value.contiguous()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
+def best_step(steps: Iterable[int], accuracies: Mapping[int, float]) -> set[int]:
+    """Return the step of the highest accuracy, the first of equals, as a set; empty without any."""
+    evaluated = [step for step in steps if step in accuracies]
+    return {max(evaluated, key=lambda step: (accuracies[step], -step))} if evaluated else set()
 
 
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimiser of a checkpoint back, its hyper-parameters left as they are.
-
-    Raises:
-        ModelError: if it belongs to a model with other parameters.
-    """
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(file).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    packed = optimizer.state_dict()
-    count = sum(len(group["params"]) for group in packed["param_groups"])
-    if state and len(state) != count:
-        raise ModelError(
-            f"{file} holds the state of {len(state)} parameters, expected "
-            f"{count}: resume with the --model of the run"
-        )
-    optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+def accuracies(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the held-out accuracy by step, of the rows of ``metrics.jsonl`` that have one."""
+    found = ((row["step"], row.get("eval/accuracy")) for row in rows)
+    return {step: accuracy for step, accuracy in found if accuracy is not None}
 
 
-def load_other(
-    folder: Path, name: str, module: nn.Module, optimizer: torch.optim.Optimizer
+def save_model(
+    folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], tokenizer_of: str
 ) -> None:
-    """Put a further module of a checkpoint and its optimiser back.
+    """Write a model and its tokenizer in the Transformers format.
+
+    Args:
+        folder: to write into.
+        model: whose configuration it is.
+        weights: by their names in the model.
+        tokenizer_of: name of the model whose tokenizer is saved.
 
     Raises:
-        ModelError: if the checkpoint has no such module, or another one under its name.
+        RunFolderError: if they cannot be written.
     """
-    file = folder / f"{name}.safetensors"
-    try:
-        load_model(module, str(file))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{file} does not hold the {name} of this run ({error}): resume with the algorithm "
-            "and the --model that wrote it"
-        ) from error
-    load_optimizer(folder / f"{name}_{OPTIMIZER_FILE}", optimizer)
-
-
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None."""
-    found = [
-        folder
-        for folder in checkpoints.glob("step-*")
-        if folder.suffix != ".partial" and (folder / TRAINER_FILE).is_file()
-    ]
-    return max(found, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the plain values that ``save_checkpoint`` was given."""
-    return json.loads((folder / TRAINER_FILE).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model_path(tokenizer_of))
+    with naming(folder / "model.safetensors"):
+        model.save_pretrained(folder, state_dict=dict(weights))
+    with naming(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)

@@ -58,3 +58,7 @@ class TrainingError(LmrlError, RuntimeError):
 
 class RankError(LmrlError, RuntimeError):
     """Another rank that ended, or did not come in time."""
+
+
+class RunFolderError(LmrlError, RuntimeError):
+    """A run's folder that is in use, cannot be written, or has no intact checkpoint."""

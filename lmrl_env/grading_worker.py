@@ -26,6 +26,7 @@ from lmrl_env.verifiers.paths import load_verifier
 def main() -> None:
     """Answer until the parent closes the pipe or dies."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # clusters send it to all: the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.dup(1)
     silence = os.open(os.devnull, os.O_WRONLY)

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
-import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lmrl_env.adapters import ADAPTER_FOLDER, WithoutAdapters, add_adapters, load_adapters
 from lmrl_env.batch_plan import BatchPlan
-from lmrl_env.checkpoint import (
-    OPTIMIZER_FILE,
-    latest_checkpoint,
-    load_optimizer,
-    load_other,
-    read_state,
-    save_checkpoint,
-)
+from lmrl_env.checkpoint import TRAINER, accuracies
 from lmrl_env.distributed import (
     all_lists,
     all_sum,
@@ -40,7 +28,6 @@ from lmrl_env.distributed import (
     is_sharded,
     make_accelerator,
     prepare_frozen,
-    wait_for_everyone,
 )
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError, GradingError
@@ -52,10 +39,30 @@ from lmrl_env.progress import ProgressDisplay
 from lmrl_env.prompts import PromptTable
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
+from lmrl_env.random_states import seed_generators
 from lmrl_env.registration import make_engine, resolve_engine
+from lmrl_env.resumption import Resumption
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
-from lmrl_env.run_folder import FAULTS_FILE, RunFolder, finite, sample_record
+from lmrl_env.run_folder import (
+    FAULTS_FILE,
+    RunFolder,
+    default_run_dir,
+    finite,
+    sample_record,
+    spec_record,
+)
+from lmrl_env.signals import StopRequest
 from lmrl_env.tokenizer import load_tokenizer
+from lmrl_env.training_state import (
+    OPTIMIZER_FILE,
+    Trained,
+    TrainingState,
+    read_ahead,
+    restore_optimizer,
+    restore_other,
+    restore_random_states,
+    save_checkpoint,
+)
 from lmrl_env.waiting import phase
 from lmrl_env.weight_sync import sync_weights
 
@@ -74,7 +81,7 @@ class Run:
     """The folder ``config.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
 
     It watches for Ctrl-C and SIGTERM: the loop over ``steps`` then ends after the step at hand,
-    with a checkpoint. A second Ctrl-C ends at once.
+    with a checkpoint. A second signal ends at once.
 
     Args:
         args: the program's arguments, with the fields that ``algos/`` share.
@@ -87,7 +94,9 @@ class Run:
         checkpoint: folder to resume from, or None.
 
     Raises:
-        ConfigurationError: if the folder already holds a run that is not to be resumed.
+        ConfigurationError: if the folder already holds a run that is not to be resumed, or one
+            that these settings cannot go on with.
+        RunFolderError: if another process is in the folder, or all its checkpoints are damaged.
     """
 
     def __init__(self, args: Any, algorithm_file: str):
@@ -109,7 +118,7 @@ class Run:
         check_range(args, "wait_limit", above=0)
         if args.async_depth and args.tis_cap is None:
             args.tis_cap = ASYNC_TIS_CAP
-        args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
+        args.run_dir = args.resume or args.run_dir or default_run_dir(self.algorithm, args)
         self.folder = RunFolder(args.run_dir)
         if not args.resume and self.folder.holds_a_run:
             raise ConfigurationError(
@@ -135,23 +144,23 @@ class Run:
             seed=args.seed,
             report=self._report_fault,
         )
-        self.checkpoint = latest_checkpoint(self.folder.checkpoints) if args.resume else None
-        self.last_step = 0
-        if self.checkpoint is not None:
-            self.last_step = int(read_state(self.checkpoint)["step"])
-        torch.manual_seed(args.seed)
+        self._resumption = Resumption(
+            self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
+        )
+        self.checkpoint, self.last_step = self._resumption.checkpoint, self._resumption.step
+        seed_generators(args.seed)
         transformers_logging.disable_progress_bar()
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
         self._stack = ExitStack()
         self._started = time.perf_counter()
-        self._stop_signal: signal.Signals | None = None
         self._stopping = False
         self._warned = False
         self._reported: set[str] = set()
         self._batch_saved = self.last_step > 0
-        self._others: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+        self._others: dict[str, Trained] = {}
         self._sampler = ThreadPoolExecutor(1)
         self._next_batch: Future[Rollout] | None = None
+        self._stop_request = StopRequest()
 
     def load_model(self) -> PreTrainedModel:
         """Load the model to train: that of the checkpoint when the run is resumed."""
@@ -208,11 +217,6 @@ class Run:
 
     # --- begin
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._stop_signal = signal.Signals(number)
-
     def start(
         self,
         envs: VectorEnv[Any, Any, Any],
@@ -230,10 +234,9 @@ class Run:
         if self.is_main:
             overlap = warn_of_overlap(tables[0].questions, tables[1].questions)
             config = {
-                **vars(args),
-                "algorithm": self.algorithm,
+                **self._resumption.settings,
                 "ranks": self.accelerator.num_processes,
-                "env_spec": _spec_record(envs.spec),
+                "env_spec": spec_record(envs.spec),
                 "train_questions": f"{tables[0].questions.report}; {tables[0].dropped} too long",
                 "eval_questions_set": f"{tables[1].questions.report}; {tables[1].dropped} too long",
                 "overlap": overlap or None,
@@ -243,13 +246,15 @@ class Run:
                 },
                 **provenance(),
             }
-            self.folder.write_config(config)
             self._print_heading(tables[0], tables[1])
+            for line in self._resumption.begin(config):
+                self._show(line, style="bold yellow")
             if overlap:
                 self._show(overlap, style="bold red")
         if args.tracker:
             values = {k: v for k, v in vars(args).items() if v is not None}
-            self.accelerator.init_trackers("lmrl_env", config=values)
+            options = self._resumption.tracker_options(args.tracker)
+            self.accelerator.init_trackers("lmrl_env", config=values, init_kwargs=options)
         self._canary_prompt = tables[0][0].tolist()
         # Beside the training, from adapters or a sharded module, the local engine cannot sample.
         alone = args.async_depth or args.lora_rank or is_sharded(self.accelerator)
@@ -264,15 +269,11 @@ class Run:
             seed=args.seed,
         )
         self._sync_weights(policy)
-        if self.is_main:
-            self.folder.keep_rows(self.last_step if self.checkpoint else None)
         atexit.register(self._stack.close)  # an error must not leave a terminal without a cursor
         self._stack.enter_context(self.display)
         for row in self.folder.rows:
             self.display.update(row)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        if self.last_step == 0:
+        if self.last_step == 0 and not self.is_stopping():
             self._write_row(self.evaluate(eval_envs))
 
     def _show(self, text: str, style: str = "") -> None:
@@ -282,9 +283,6 @@ class Run:
     def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
         args = self.args
         self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.folder.path}")
-        if args.resume:
-            source = self.checkpoint or "the start, since the run has no checkpoint yet"
-            self._show(f"going on from {source}")
         evaluated = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
         for name, table, asked in (("train", train, ""), ("held-out", heldout, evaluated)):
             note = f", {table.dropped} too long for the context" if table.dropped else ""
@@ -299,7 +297,8 @@ class Run:
             optimizer: as ``prepare`` returned it.
         """
         if self.checkpoint is not None:
-            load_optimizer(self.checkpoint / OPTIMIZER_FILE, optimizer)
+            file = self.checkpoint / TRAINER / OPTIMIZER_FILE
+            restore_optimizer(file, self.accelerator, policy, optimizer)
 
     def add(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Make a further module and its optimiser, a critic say, part of the checkpoints.
@@ -313,7 +312,8 @@ class Run:
         """
         self._others[name] = module, optimizer
         if self.checkpoint is not None:
-            load_other(self.checkpoint, name, module, optimizer)
+            folder = self.checkpoint / TRAINER
+            restore_other(folder, name, self.accelerator, module, optimizer)
 
     def load_reference(self, policy: nn.Module) -> nn.Module:
         """Return the policy that the run started from, frozen, on this rank's device.
@@ -430,6 +430,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps to do, from 1, until a signal asks to stop."""
+        if self.checkpoint is not None:
+            self._restore_sampling(self.checkpoint / TRAINER)
+        self.is_stopping()
         while self.last_step < self.args.steps and not self._stopping:
             self.last_step += 1
             self._step_started = time.perf_counter()
@@ -438,9 +441,11 @@ class Run:
 
     def is_stopping(self) -> bool:
         """Return whether a signal reached any rank; every rank calls, once a step."""
-        self._stopping = any_rank(self.accelerator, self._stop_signal is not None)
-        if self._stopping:
-            self._show("a signal asked to stop: ending with a checkpoint")
+        if not self._stopping:
+            received = self._stop_request.received is not None
+            self._stopping = any_rank(self.accelerator, received)
+            if self._stopping:
+                self._show(f"a signal asked to stop: ending after step {self.last_step}")
         return self._stopping
 
     def is_due(self, every: int) -> bool:
@@ -543,15 +548,40 @@ class Run:
 
     @phase("checkpoint")
     def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write ``checkpoints/step-N`` and ``curves.png``."""
-        wait_for_everyone(self.accelerator)
+        """Write ``checkpoints/step-N`` and ``curves.png``, and delete old checkpoints.
+
+        Raises:
+            RunFolderError: on all ranks, if the checkpoint cannot be written.
+        """
+        values = {
+            "step": self.last_step,
+            "next_question": self.last_step * self.args.prompts_per_step,
+            "ranks": self.accelerator.num_processes,
+        }
+        ahead = self._next_batch.result() if self._next_batch else None
+        state = TrainingState.gather(
+            self.accelerator, values, (policy, optimizer), self._others, ahead
+        )
+        save_checkpoint(self.accelerator, self.folder, policy, state, self.args.model)
         if self.is_main:
-            folder = self.folder.checkpoints / f"step-{self.last_step}"
-            model = self.accelerator.unwrap_model(policy).model
-            state = {"step": self.last_step}
-            save_checkpoint(folder, model, self.args.model, optimizer, state, self._others)
-            plot_curves(self.folder.rows, self.folder.path / "curves.png", self._title())
-        wait_for_everyone(self.accelerator)
+            checkpoints = self.folder.checkpoints
+            checkpoints.prune(self.args.keep_checkpoints, accuracies(self.folder.rows))
+            try:
+                plot_curves(self.folder.rows, self.folder.path / "curves.png", self._title())
+            except OSError as error:  # the rows are safe, from which it can be drawn later
+                self._show(f"warning: curves.png is not written: {error}", style="bold yellow")
+
+    def _restore_sampling(self, folder: Path) -> None:
+        """Put random states back, and the batch that was sampled ahead."""
+        restore_random_states(folder, self.accelerator.process_index)
+        ahead = read_ahead(folder)
+        if ahead is None or not self.args.async_depth or self.last_step == self.args.steps:
+            return
+        if ahead.mask.shape[1] != self.args.max_new_tokens:
+            self._show("the batch sampled ahead has another --max-new-tokens: sampling a new one")
+            return
+        self._next_batch = Future()
+        self._next_batch.set_result(ahead.take(self.plan.own))
 
     def _title(self) -> str:
         args = self.args
@@ -566,6 +596,8 @@ class Run:
         for each in envs:
             each.close()
         self._engine.close()
+        self.folder.unlock()
+        self._stop_request.close()
 
     def _summarize(self) -> None:
         evaluated = [row for row in self.folder.rows if row.get("eval/accuracy") is not None]
@@ -579,22 +611,10 @@ class Run:
             )
         minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
         self._show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
-        for path in sorted(self.folder.path.iterdir()):
+        for path in sorted(self.folder.path.glob("[!.]*")):
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
             self._show(f"go on with: python {sys.argv[0]} --resume {self.folder.path}")
-
-
-def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
-    """Return a spec as JSON can hold it, functions by their path."""
-    if spec is None:
-        return None
-    paths: dict[str, Any] = {
-        name: f"{function.__module__}:{function.__qualname__}"
-        for name in ("entry_point", "vector_entry_point")
-        if callable(function := getattr(spec, name))
-    }
-    return json.loads(dataclasses.replace(spec, **paths).to_json())
 
 
 def _describe(batch: Rollout, row: int) -> str:
@@ -604,9 +624,3 @@ def _describe(batch: Rollout, row: int) -> str:
         f"{batch.question_ids[row]}, gold answer {batch.answers[row]!r}: "
         f"{batch.responses[row][-500:]!r}"
     )
-
-
-def _default_run_dir(algorithm: str, args: Any) -> str:
-    """Return ``runs/ALGORITHM-ENV-SEED-TIME``."""
-    name = args.env.rsplit(":", 1)[-1]
-    return f"runs/{algorithm}-{name}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from gymnasium.envs.registration import EnvSpec
+
+from lmrl_env.checkpoint import Checkpoints
+from lmrl_env.durable import naming, sync, write_text
+from lmrl_env.errors import RunFolderError
 from lmrl_env.rollout import Rollout
 
 FAULTS_FILE = "faults.jsonl"
@@ -24,65 +34,110 @@ class RunFolder:
 
     Attributes:
         rows: of ``metrics.jsonl``, those of the run that this one goes on with included.
+        checkpoints: of the run.
+        config: ``config.json`` as it was found, empty if there was none.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        file = self.path / "config.json"
+        self.config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self._lock: IO[str] | None = None
 
     @property
     def holds_a_run(self) -> bool:
         """Return whether something was logged here before."""
         return (self.path / "metrics.jsonl").exists()
 
-    @property
-    def checkpoints(self) -> Path:
-        """Return the folder of the checkpoints."""
-        return self.path / "checkpoints"
+    def lock(self) -> None:
+        """Keep other processes out of the folder until this one ends, in whatever way.
+
+        Raises:
+            RunFolderError: if another process is in it, or it cannot be written.
+        """
+        with naming(self.path / ".lock"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunFolderError(
+                f"{self.path} is in use by {file.read().strip() or 'another process'} ({error}): "
+                "wait for its end or stop it, or name another --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def keep_rows(self, last_step: int | None) -> None:
-        """Drop logged rows behind a step, which will be written again; None drops all."""
+    def keep_rows(self, last_step: int) -> None:
+        """Drop logged rows behind a step, which will be written again; -1 drops all."""
         for name in ("metrics.jsonl", "samples.jsonl", FAULTS_FILE):
             path = self.path / name
             if name == FAULTS_FILE and not path.exists():
                 continue
             rows = []
-            if last_step is not None and path.exists():
-                for line in path.read_text().splitlines():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:  # cut off when the run was killed
-                        break
-                    if row["step"] <= last_step:
-                        rows.append(row)
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            partial.replace(path)
+            for line in path.read_text().splitlines() if path.exists() else ():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # cut off when the run was killed
+                    break
+                if row["step"] <= last_step:
+                    rows.append(row)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             if name == "metrics.jsonl":
                 self.rows = rows
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Add a row to ``metrics.jsonl``; a number that is not finite is null there."""
+        """Add a row to ``metrics.jsonl``; a number that is not finite is null there.
+
+        Raises:
+            RunFolderError: if it cannot be written.
+        """
         row = finite(row)
         self.rows.append(row)
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with naming(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def append_faults(self, records: Sequence[dict[str, Any]]) -> None:
-        """Add responses that were not finite to ``faults.jsonl``."""
-        with (self.path / FAULTS_FILE).open("a") as file:
+        """Add responses that were not finite to ``faults.jsonl``.
+
+        Raises:
+            RunFolderError: if they cannot be written.
+        """
+        path = self.path / FAULTS_FILE
+        with naming(path), path.open("a") as file:
             file.writelines(json.dumps(finite(record)) + "\n" for record in records)
+
+    def sync_logs(self) -> None:
+        """Wait until all rows are on the disk, as a checkpoint that counts on them will be."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with naming(self.path / name):
+                sync(self.path / name)
 
     def append_samples(
         self, step: int, rollout: Rollout, count: int, decode: Callable[[Any], str]
     ) -> None:
-        """Add the first responses of a batch to ``samples.jsonl``."""
-        with (self.path / "samples.jsonl").open("a") as file:
+        """Add the first responses of a batch to ``samples.jsonl``.
+
+        Raises:
+            RunFolderError: if they cannot be written.
+        """
+        path = self.path / "samples.jsonl"
+        with naming(path), path.open("a") as file:
             for i in range(min(count, len(rollout.rewards))):
                 record = finite({"step": step, **sample_record(rollout, i, decode)})
                 file.write(json.dumps(record) + "\n")
@@ -114,3 +169,21 @@ def sample_record(rollout: Rollout, row: int, decode: Callable[[Any], str]) -> d
         "verifier_status": rollout.verifier_status[row],
         "length": int(rollout.response_lengths[row]),
     }
+
+
+def spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:
+    """Return a spec as JSON can hold it, functions by their path."""
+    if spec is None:
+        return None
+    paths: dict[str, Any] = {
+        name: f"{function.__module__}:{function.__qualname__}"
+        for name in ("entry_point", "vector_entry_point")
+        if callable(function := getattr(spec, name))
+    }
+    return json.loads(dataclasses.replace(spec, **paths).to_json())
+
+
+def default_run_dir(algorithm: str, args: Any) -> str:
+    """Return ``runs/ALGORITHM-ENV-SEED-TIME``."""
+    name = args.env.rsplit(":", 1)[-1]
+    return f"runs/{algorithm}-{name}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -49,10 +49,21 @@ def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         module: whole or sharded by FSDP2, without the wrapper of ``prepare``.
-        tensors: by the names of its state dict.
+        tensors: by the names of its state dict; of tied ones one is enough.
+
+    Raises:
+        LookupError: if one is missing or unknown.
     """
-    for name, own in module.state_dict().items():
-        own.copy_(_part_like(own, tensors[name]))
+    state = module.state_dict()
+    if missing := sorted(names_once(module) - tensors.keys()):
+        raise LookupError(f"without {missing[:5]} ({len(missing)} tensors)")
+    for name, tensor in tensors.items():
+        state[name].copy_(_part_like(state[name], tensor))
+
+
+def names_once(module: nn.Module) -> set[str]:
+    """Return the names of parameters and buffers, of those that are tied to each other one."""
+    return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
 def full_optimizer_state(

@@ -81,7 +81,7 @@ def test_two_small_matrices_of_each_linear_layer_of_the_blocks_are_trained(archi
 @ARCHITECTURES
 def test_merged_weights_are_those_that_peft_merges_from_the_files(architecture, tmp_path):
     model = adapted_model(architecture)
-    save_adapters(model, tmp_path / "adapter")
+    save_adapters(model, model.state_dict(), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(random_model(architecture), tmp_path / "adapter")
     logits = model(input_ids=IDS).logits
     torch.testing.assert_close(theirs(input_ids=IDS).logits, logits, rtol=0, atol=1e-12)
@@ -151,7 +151,8 @@ def test_the_critic_trains_its_adapters_and_its_head():
 
 
 def test_adapters_of_another_rank_or_none_are_refused_by_name(tmp_path):
-    save_adapters(adapted_model("llama"), tmp_path / "adapter")
+    model = adapted_model("llama")
+    save_adapters(model, model.state_dict(), tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"down_proj.*\(3, 48\), expected \(2, 48\).*--lora-rank"):
         load_adapters(adapted_model("llama", rank=2), tmp_path / "adapter")
     with pytest.raises(ModelError, match="expected adapters; resume a run of all weights"):

@@ -20,7 +20,7 @@ from algos_files import ALGORITHMS, NAMES, ROOT, each
 from safetensors.torch import load_file
 from test_run import KEYS, SMALL, rows, timeless
 
-from lmrl_env.errors import ConfigurationError, ModelError
+from lmrl_env.errors import ConfigurationError
 from lmrl_env.run import Run
 from lmrl_env.tokenizer import TINY_MODEL
 
@@ -109,9 +109,11 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bit_for_b
     resumed = train(name, folder, resume=str(folder))
     assert timeless(resumed) == timeless(rows(finished(name)))
     uninterrupted = finished(name) / "checkpoints" / "step-2"
-    files = {path.name for path in uninterrupted.glob("*.safetensors")}
-    critic = {"critic.safetensors", "critic_optimizer.safetensors"} if name == "ppo" else set()
-    assert files == {"model.safetensors", "optimizer.safetensors"} | critic
+    found = uninterrupted.rglob("*.safetensors")
+    files = {str(path.relative_to(uninterrupted)) for path in found}
+    critic = {"trainer/critic.safetensors", "trainer/critic_optimizer.safetensors"}
+    trainer = {"trainer/optimizer.safetensors", "trainer/random_states.safetensors"}
+    assert files == {"model.safetensors"} | trainer | (critic if name == "ppo" else set())
     for file in files:
         expected = load_file(uninterrupted / file)
         found = load_file(folder / "checkpoints" / "step-2" / file)
@@ -122,14 +124,16 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bit_for_b
 def test_the_checkpoint_of_an_algorithm_without_a_critic_is_refused_by_ppo(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished("dr_grpo"), folder)
-    message = "critic.safetensors does not hold the critic of this run"
-    with pytest.raises(ModelError, match=re.escape(message)):
+    message = "--resume cannot go on with --algorithm ppo (the run: dr_grpo)"
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
         train("ppo", folder, steps=3, resume=str(folder))
 
 
 def test_the_critic_learns_and_is_not_the_policy(finished):
     checkpoints = finished("ppo") / "checkpoints"
-    first, second = (load_file(checkpoints / f"step-{i}/critic.safetensors") for i in (1, 2))
+    first, second = (
+        load_file(checkpoints / f"step-{i}/trainer/critic.safetensors") for i in (1, 2)
+    )
     assert first["head.weight"].any() and not torch.equal(
         first["head.weight"], second["head.weight"]
     )

@@ -234,7 +234,7 @@ def test_a_signal_ends_the_run_cleanly_with_a_checkpoint(tmp_path, number):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     last = rows(folder)[-1]["step"]
-    assert (folder / "checkpoints" / f"step-{last}" / "optimizer.safetensors").is_file()
+    assert (folder / "checkpoints" / f"step-{last}" / "trainer" / "optimizer.safetensors").is_file()
     assert f"--resume {folder}" in output
 
 

@@ -62,6 +62,8 @@ NO_SETTINGS = (
     "used",
     "python",
     "versions",
+    "run_id",
+    "resumed",
 )
 """Keys of ``config.json`` in which runs of one line may differ."""
 
