@@ -1,4 +1,12 @@
-"""The gap between the policy that samples, in the engine, and the policy that is trained."""
+"""The gap between the policy that samples, in the engine, and the policy that is trained.
+
+Where generation overlaps training, samples are one update old: whole responses are weighed then, up
+to a cap of 5. For updates of 0.1 nats a response the expected gradient is 15.5° off ∇J uncorrected,
+13.2° with tokens up to 2, 5.2° with responses up to 2, and 0.0° with responses up to 5. Its squared
+error on 128 × 8 responses is 0.172, 0.119, 0.068 and 0.051 of ‖∇J‖²; on 16 × 8, where the variance
+is most of it, 0.388, 0.383, 0.381 and 0.408. The variance is averaged over steps, the bias is not:
+hence 5. (Exact medians over 48 random updates, ``benchmarks/bench_staleness.py``.)
+"""
 
 from __future__ import annotations
 
