@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gymnasium.vector import VectorEnv
 
@@ -75,7 +76,8 @@ def outcome_metrics(
     the budget cut off are counted by ``length/truncated_fraction`` alone. Groups of equal rewards,
     from which group-relative advantages learn nothing, are ``reward/zero_variance_groups``. Where a
     verifier is in the environment, ``verifier/STATUS`` is the share of each of its statuses, and
-    ``verifier/truncated`` that of responses which it did not see.
+    ``verifier/truncated`` that of responses which it did not see. ``score/NAME`` is the mean of
+    what each of several verifiers scored.
 
     Args:
         accelerator: of this rank.
@@ -115,8 +117,25 @@ def outcome_metrics(
     }
     for status, count in zip(statuses, by_status, strict=True):
         metrics[f"verifier/{status}"] = count / n
+    metrics |= _score_metrics(accelerator, batch, counted)
     if group_size > 1:
         equal = ~has_signal(torch.from_numpy(batch.rewards), group_size).numpy()
         zeros, groups = all_sum(accelerator, [equal.sum(), len(equal)]).tolist()
         metrics["reward/zero_variance_groups"] = zeros / groups
+    return metrics
+
+
+def _score_metrics(
+    accelerator: Accelerator, batch: Rollout, counted: npt.NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """Return the mean of each verifier's scores over the responses that it graded, of all ranks."""
+    metrics: dict[str, float | None] = {}
+    for name in batch.scores[0]:  # all rows, on all ranks, have the same names
+        known = [
+            score
+            for row, counts in zip(batch.scores, counted, strict=True)
+            if counts and (score := row[name]) is not None
+        ]
+        total, n = all_sum(accelerator, [sum(known), len(known)]).tolist()
+        metrics[f"score/{name}"] = total / n if n else None
     return metrics

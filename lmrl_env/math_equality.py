@@ -175,14 +175,20 @@ def _parse(latex: str) -> Any:
 
 
 def _with_imaginary_unit(values: list[Any]) -> list[Any]:
-    """Return the values with the letter i as the imaginary unit, if an exponential holds it."""
+    """Return the values with the letter i as the imaginary unit, where one of them means it.
+
+    It does in an exponential, and where the parser makes a letter of it that is no real number.
+    """
     from sympy import Basic, I, exp
 
     if not all(isinstance(value, Basic) for value in values):
         return values
+    letters = {s for value in values for s in value.free_symbols if s.name == "i"}
     powers = (power for value in values for power in value.atoms(exp))
-    letters = {letter for power in powers for letter in power.free_symbols if letter.name == "i"}
-    return [value.subs(dict.fromkeys(letters, I)) for value in values] if letters else values
+    is_meant = any(s.is_real is False for s in letters) or any(
+        letters & power.free_symbols for power in powers
+    )
+    return [value.subs(dict.fromkeys(letters, I)) for value in values] if is_meant else values
 
 
 def _no_false_equation(value: Any) -> bool:

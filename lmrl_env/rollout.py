@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 
 STATUS = "verifier_status"
+SCORE = "score_"
+"""Begins the keys of ``info`` that hold scores."""
+
 VERIFIER_ERRORS: tuple[Status, ...] = ("timeout", "crash")
 """Statuses that say nothing of the response: its verifier did not finish."""
 
@@ -46,6 +49,8 @@ class Rollout(NamedTuple):
         responses: N texts.
         answers: N gold answers.
         verifier_status: N statuses, "" where no verifier is in the environment.
+        scores: N mappings: by its name the score of each verifier of a ``WeightedRewards``, None
+            where it did not grade the response.
         sample_seconds: wall time in the engine.
         env_seconds: wall time in the environment, its wrappers and verifiers.
     """
@@ -64,6 +69,7 @@ class Rollout(NamedTuple):
     responses: list[str]
     answers: list[Any]
     verifier_status: list[str]
+    scores: list[dict[str, float | None]]
     sample_seconds: float
     env_seconds: float
 
@@ -256,6 +262,7 @@ class _Episodes:
         self.logprobs = np.zeros((n, budget), dtype=np.float32)
         self.returns, self.dense = np.zeros(n), np.zeros((n, budget))
         self.versions = np.full(n, -1, dtype=np.int64)
+        self.scores: list[dict[str, float | None]] = [{}] * n
         self.texts: dict[str, list[Any]] = {key: [""] * n for key in ("response", "answer", STATUS)}
 
     def sample(
@@ -307,6 +314,12 @@ class _Episodes:
         for key, texts in self.texts.items():
             for slot in ended if key in info else ():
                 texts[slot] = info[key][slot]
+        names = [key.removeprefix(SCORE) for key in info if key.startswith(SCORE)]
+        for slot in ended if names else ():
+            self.scores[slot] = {
+                name: float(info[SCORE + name][slot]) if info[f"_{SCORE}{name}"][slot] else None
+                for name in names
+            }
         if len(ended):
             self.mask[ended] = info["response_mask"][ended]
             if "token_rewards" in info:
@@ -333,6 +346,7 @@ class _Episodes:
             responses=self.texts["response"],
             answers=self.texts["answer"],
             verifier_status=self.texts[STATUS],
+            scores=self.scores,
             **others,
         )
 

@@ -41,6 +41,7 @@ def make_rollout(prompt_lengths, response_lengths, group_size, seed=0) -> Rollou
         responses=[""] * n,
         answers=[""] * n,
         verifier_status=[""] * n,
+        scores=[{}] * n,
         sample_seconds=0.0,
         env_seconds=0.0,
     )

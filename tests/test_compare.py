@@ -55,6 +55,7 @@ def make_batch(lengths, rewards, group_size, *, terminated=True, seed=0) -> Roll
         responses=[""] * n,
         answers=[""] * n,
         verifier_status=[""] * n,
+        scores=[{}] * n,
         sample_seconds=0.0,
         env_seconds=0.0,
     )

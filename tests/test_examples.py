@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROOF, LOOP, VERIFIER = re.findall(
+PROOF, LOOP, VERIFIER, GRADER = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
 )
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -41,6 +41,11 @@ def test_the_estimator_example_proves_one_and_refutes_the_other(capsys):
 def test_the_gym_loop_of_the_readme_runs(capsys):
     exec(LOOP.replace("num_envs=64", "num_envs=2"), {})
     assert " [0." in capsys.readouterr().out  # what random tokens earn
+
+
+def test_the_grader_of_the_readme_grades(capsys):
+    exec(GRADER, {})
+    assert capsys.readouterr().out == "['correct', 'timeout']\n"
 
 
 TRAIN = [

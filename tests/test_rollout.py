@@ -15,6 +15,7 @@ from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout, response_seeds, rollout
 from lmrl_env.tokenizer import load_tokenizer
 from lmrl_env.types import Completion
+from lmrl_env.wrappers import WeightedRewards
 
 TOKENIZER = load_tokenizer("tiny")
 EOS = TOKENIZER.eos_token_ids[0]
@@ -315,6 +316,19 @@ def test_batches_of_prompts_of_any_width_are_joined_row_by_row():
         assert joined.env_seconds == sum(batch.env_seconds for batch in batches)
     joined.rewards[:] = 5
     assert one.rewards.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_of_several_verifiers_come_along_by_name(parts, tmp_path):
+    verifiers = {"x": ("scripted_scores:has_x", 1.0), "y": ("scripted_scores:has_y", 0.5)}
+    envs = WeightedRewards(token_envs(3, tokens_per_step=BUDGET), verifiers)
+    texts = [TOKENIZER.encode("x") + [EOS], TOKENIZER.encode("xy") + [EOS], [PLAIN] * BUDGET]
+    engine = ScriptedEngine(lambda seed, turn: texts[seed])
+    batch = rollout(envs, engine, question_ids=range(3), seeds=np.arange(3), parts=parts)
+    assert batch.scores == [{"x": 1.0, "y": 0.0}, {"x": 1.0, "y": 2.0}, {"x": None, "y": None}]
+    batch.save(tmp_path / "batch")
+    assert Rollout.load(tmp_path / "batch")[0].scores == batch.scores
+    assert Rollout.concatenate([batch.take([1]), batch.take([0])]).scores == batch.scores[1::-1]
 
 
 def test_parts_of_a_batch_joined_again_are_the_batch():

@@ -61,6 +61,15 @@ def test_without_a_verifier_there_is_nothing_to_count(accelerator):
     assert not any(key.startswith("verifier/") for key in metrics)
 
 
+def test_the_mean_score_of_each_verifier_is_logged_over_what_it_graded(accelerator):
+    scores = [{"right": 1.0, "brief": None}, {"right": 0.0, "brief": None}] * 2
+    batch = make_batch(["correct", "wrong"] * 2)._replace(scores=scores)
+    metrics = outcome_metrics(accelerator, batch, counted=np.array([True, True, True, False]))
+    assert metrics["score/right"] == pytest.approx(2 / 3)
+    assert metrics["score/brief"] is None
+    assert not any(key.startswith("score/") for key in outcome_metrics(accelerator, make_batch()))
+
+
 # --- dropped
 
 

@@ -70,7 +70,8 @@ def load_questions(name: str, *, split: Split = "train") -> QuestionSet:
             keys choose among the questions:
 
             - ``level=3-5`` keeps a range of levels, ``level=5`` one, by the column ``level``;
-            - ``pass_rates=FILE``, of rows with ``id`` and ``pass_rate``, keeps what was measured;
+            - ``pass_rates=FILE``, of rows with ``id`` and ``pass_rate`` or the ``samples.jsonl`` of
+              ``lmrl eval``, keeps what was measured;
               ``band=0.2-0.8`` keeps a range of it, ``order=easy-first`` or ``order=hard-first``
               asks in that order in every epoch, where else each epoch is shuffled anew. What is
               held out stays as it is, so that accuracies compare.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from lmrl_env.errors import ConfigurationError, QuestionError
 from lmrl_env.questions.grammar import SetName
@@ -57,8 +58,10 @@ def by_pass_rate(name: SetName, questions: Sequence[Question]) -> tuple[list[Que
     they are sorted by it, equal ones as they stood.
 
     Args:
-        name: with the option ``pass_rates``, a file of rows with ``id`` and ``pass_rate``, and
-            optionally ``band``, such as ``0.2-0.8``, and ``order``, one of ``ORDERS``.
+        name: with the option ``pass_rates``, a file of rows with ``id`` and ``pass_rate``, or the
+            ``samples.jsonl`` of an evaluation of one model, where the rate is the share of correct
+            responses; and optionally ``band``, such as ``0.2-0.8``, and ``order``, one of
+            ``ORDERS``.
         questions: of the set.
 
     Raises:
@@ -101,16 +104,34 @@ def _with_rate(question: Question, rates: Mapping[str, float]) -> Question:
 
 def _read_pass_rates(path: Path) -> dict[str, float]:
     drops = Drops()
+    rows = list(read_file(path, drops))
+    if drops:
+        raise QuestionError(f"{str(path)!r} has {drops}: expected one JSON object a line")
+    if rows and {"question_id", "status"} <= rows[0].keys():
+        return _rates_of_samples(path, rows)
     rates: dict[str, float] = {}
-    for row in read_file(path, drops):
+    for row in rows:
         question_id, rate = row.get("id"), row.get("pass_rate")
         in_range = isinstance(rate, int | float) and 0 <= rate <= 1
         if question_id is None or rate is None or not in_range or str(question_id) in rates:
             raise QuestionError(
                 f"the row {dict(row)} of {str(path)!r}: expected 'id', another in every row, and "
-                "'pass_rate', a number from 0 to 1"
+                "'pass_rate', a number from 0 to 1; or the samples.jsonl of an evaluation"
             )
         rates[str(question_id)] = float(rate)
-    if drops:
-        raise QuestionError(f"{str(path)!r} has {drops}: expected one JSON object a line")
     return rates
+
+
+def _rates_of_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the share of each question's responses that an evaluation called correct."""
+    asked: dict[str, tuple[Any, Any]] = {}
+    correct: dict[str, list[bool]] = {}
+    for row in rows:
+        question_id, of = str(row.get("question_id")), (row.get("model"), row.get("set"))
+        if asked.setdefault(question_id, of) != of:
+            raise QuestionError(
+                f"{str(path)!r} has responses to {question_id!r} of {asked[question_id]} and {of}: "
+                "expected one model and one set; evaluate them into folders of their own"
+            )
+        correct.setdefault(question_id, []).append(row.get("status") == "correct")
+    return {question_id: sum(known) / len(known) for question_id, known in correct.items()}

@@ -25,6 +25,7 @@ class WeightedRewards(OutcomeReward):
     each verifier, and for all that end ``verifier_status`` and ``verifier_extracted``: those of
     the first verifier, so that it says what counts as correct, or the ``timeout`` or ``crash`` of
     whichever had one. A score that is not the first's is unknown then, and counts as 0.
+    Training and its evaluations log the mean scores as ``score/NAME``.
 
     >>> from lmrl_env import make_token_vector_env
     >>> verifiers = {

@@ -106,6 +106,20 @@ def test_arithmetic_has_a_curriculum_too(write_jsonl):
     assert len(load_questions(name, split="heldout")) == 10
 
 
+def test_the_samples_of_an_evaluation_are_pass_rates(write_jsonl):
+    statuses = {0: ["correct", "wrong"], 1: ["correct"] * 2, 2: ["truncated", "timeout"]}
+    samples = [
+        {"question_id": f"arithmetic/train/{i}", "status": status, "model": "m", "set": "s"}
+        for i, of_question in statuses.items()
+        for status in of_question
+    ]
+    name = f"arithmetic:size=10,pass_rates={write_jsonl(*samples)},order=hard-first"
+    assert [question.extra["pass_rate"] for question in load_questions(name)] == [0, 0.5, 1]
+    path = write_jsonl(*samples, samples[0] | {"model": "other"})
+    with pytest.raises(QuestionError, match=r"\('m', 's'\) and \('other', 's'\): expected one"):
+        load_questions(f"arithmetic:size=10,pass_rates={path}")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
