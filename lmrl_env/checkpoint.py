@@ -15,7 +15,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lmrl_env.adapters import ADAPTER_FOLDER, has_adapters, merge_adapters, save_adapters
+from lmrl_env.adapters import ADAPTER_FOLDER, adapter_weights, merge_adapters, save_adapters
 from lmrl_env.errors import ModelError
 from lmrl_env.tokenizer import model_path
 
@@ -51,8 +51,8 @@ def save_checkpoint(
     model.save_pretrained(
         partial, state_dict=dict(merge_adapters(model, model.state_dict().items()))
     )
-    if has_adapters(model):
-        save_adapters(model, partial / ADAPTER_FOLDER)
+    if adapters := adapter_weights(model.state_dict().items()):
+        save_adapters(partial / ADAPTER_FOLDER, model, adapters)
     AutoTokenizer.from_pretrained(model_path(tokenizer_of)).save_pretrained(partial)
     save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
     for name, (module, its_optimizer) in others.items():
