@@ -49,11 +49,6 @@ def add_adapters(model: PreTrainedModel, rank: int) -> None:
     inject_adapter_in_model(config, model, ADAPTER)
 
 
-def has_adapters(model: PreTrainedModel) -> bool:
-    """Return whether ``add_adapters`` was called."""
-    return hasattr(model, "peft_config")
-
-
 def merge_adapters(
     model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -113,36 +108,40 @@ class WithoutAdapters(nn.Module):
             return self.policy(*args, **kwargs)
 
 
-def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapters' own tensors of a state dict under the names of PEFT's files."""
+def adapter_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the adapters' own tensors under the names of PEFT's files; nothing without adapters.
+
+    Args:
+        weights: full tensors by the names of the model's state dict.
+    """
     return {
         "base_model.model." + name.replace(f".{ADAPTER}.", "."): tensor
-        for name, tensor in weights.items()
+        for name, tensor in weights
         if ".lora_" in name
     }
 
 
-def save_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapters as PEFT does; ``load_adapters`` reads them too.
+def save_adapters(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Write adapters as PEFT does; ``load_adapters`` reads them too.
 
     Args:
-        model: with adapters.
-        weights: its state dict, whole.
         folder: which is made.
+        model: whose adapters they are.
+        weights: as ``adapter_weights`` returns them.
     """
     folder.mkdir()
-    own = {name: tensor.contiguous() for name, tensor in adapter_weights(weights).items()}
-    save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config: Any = model.peft_config
     config[ADAPTER].save_pretrained(folder)
 
 
-def load_adapters(model: PreTrainedModel, folder: Path) -> None:
+def load_adapters(folder: Path, model: PreTrainedModel) -> None:
     """Put adapters back, bit for bit.
 
     Args:
-        model: with adapters of the same rank.
         folder: that ``save_adapters`` wrote.
+        model: with adapters of the same rank.
 
     Raises:
         ModelError: if there are none in the folder, or they do not fit the model's.
@@ -155,7 +154,7 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
             f"{file} cannot be read ({error}): expected adapters; resume a run of all weights "
             "without --lora-rank"
         ) from error
-    own = adapter_weights(model.state_dict())
+    own = adapter_weights(model.state_dict().items())
     shapes, expected = ({n: tuple(t.shape) for n, t in w.items()} for w in (saved, own))
     if shapes != expected:
         name = min(name for name, _ in shapes.items() ^ expected.items())

@@ -179,7 +179,7 @@ class Run:
         if adapted:
             add_adapters(model, args.lora_rank)
             if self.checkpoint is not None:
-                load_adapters(model, self.checkpoint / ADAPTER_FOLDER)
+                load_adapters(self.checkpoint / ADAPTER_FOLDER, model)
         return model
 
     def make_envs(self) -> tuple[VectorEnv[Any, Any, Any], VectorEnv[Any, Any, Any]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lmrl_env.adapters import ADAPTER_FOLDER, has_adapters, merge_adapters, save_adapters
+from lmrl_env.adapters import ADAPTER_FOLDER, adapter_weights, merge_adapters, save_adapters
 from lmrl_env.checkpoint import TRAINER, save_model
 from lmrl_env.distributed import all_gather, all_rollouts, any_rank
 from lmrl_env.durable import naming
@@ -128,8 +128,8 @@ def save_checkpoint(
             with folder.checkpoints.write(state.values["step"]) as partial:
                 merged = dict(merge_adapters(model, weights.items()))
                 save_model(partial, model, merged, tokenizer_of)
-                if has_adapters(model):
-                    save_adapters(model, weights, partial / ADAPTER_FOLDER)
+                if adapters := adapter_weights(weights.items()):
+                    save_adapters(partial / ADAPTER_FOLDER, model, adapters)
                 state.save(partial / TRAINER)
         except RunFolderError as error:
             failure = error

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from lmrl_env.adapters import (
     ADAPTER_FOLDER,
     WithoutAdapters,
+    adapter_weights,
     adapters_disabled,
     add_adapters,
     load_adapters,
@@ -59,6 +60,10 @@ def merged(model):
     return dict(merge_adapters(model, model.state_dict().items()))
 
 
+def save(folder, model):
+    save_adapters(folder, model, adapter_weights(model.state_dict().items()))
+
+
 @ARCHITECTURES
 def test_a_model_with_new_adapters_is_the_base_exactly(architecture):
     expected = random_model(architecture)(input_ids=IDS).logits
@@ -81,7 +86,7 @@ def test_two_small_matrices_of_each_linear_layer_of_the_blocks_are_trained(archi
 @ARCHITECTURES
 def test_merged_weights_are_those_that_peft_merges_from_the_files(architecture, tmp_path):
     model = adapted_model(architecture)
-    save_adapters(model, model.state_dict(), tmp_path / "adapter")
+    save(tmp_path / "adapter", model)
     theirs = PeftModel.from_pretrained(random_model(architecture), tmp_path / "adapter")
     logits = model(input_ids=IDS).logits
     torch.testing.assert_close(theirs(input_ids=IDS).logits, logits, rtol=0, atol=1e-12)
@@ -151,12 +156,11 @@ def test_the_critic_trains_its_adapters_and_its_head():
 
 
 def test_adapters_of_another_rank_or_none_are_refused_by_name(tmp_path):
-    model = adapted_model("llama")
-    save_adapters(model, model.state_dict(), tmp_path / "adapter")
+    save(tmp_path / "adapter", adapted_model("llama"))
     with pytest.raises(ModelError, match=r"down_proj.*\(3, 48\), expected \(2, 48\).*--lora-rank"):
-        load_adapters(adapted_model("llama", rank=2), tmp_path / "adapter")
+        load_adapters(tmp_path / "adapter", adapted_model("llama", rank=2))
     with pytest.raises(ModelError, match="expected adapters; resume a run of all weights"):
-        load_adapters(adapted_model("llama"), tmp_path)
+        load_adapters(tmp_path, adapted_model("llama"))
 
 
 def test_an_engine_samples_from_the_merged_weights():
@@ -223,7 +227,7 @@ def test_a_run_of_adapters_goes_on_bit_for_bit(finished, tmp_path):
     assert timeless(resumed) == timeless(rows(finished))
     for file in (
         "model.safetensors",
-        "optimizer.safetensors",
+        "trainer/optimizer.safetensors",
         f"{ADAPTER_FOLDER}/adapter_model.safetensors",
     ):
         expected = load_file(finished / "checkpoints/step-2" / file)
