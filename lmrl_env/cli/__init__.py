@@ -17,6 +17,7 @@ from lmrl_env.cli.eval import eval_command
 from lmrl_env.cli.plot import plot_command
 from lmrl_env.cli.questions import questions_group
 from lmrl_env.cli.regrade import regrade_command
+from lmrl_env.cli.serve import serve_command
 from lmrl_env.cli.verify import verify_command
 from lmrl_env.errors import LmrlError
 
@@ -63,6 +64,7 @@ for command in (
     plot_command,
     questions_group,
     regrade_command,
+    serve_command,
     verify_command,
 ):
     main.add_command(command)
