@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lmrl_env.engines.engine import Engine
 
-ENGINES = ("auto", "local", "vllm")
+ENGINES = ("auto", "local", "vllm", "vllm_server")
 
 
 def register_envs() -> None:
@@ -47,6 +47,7 @@ def make_token_vector_env(
     *,
     model: str = "tiny",
     engine: str = "auto",
+    servers: str | None = None,
     questions: str = "arithmetic",
     split: Split = "train",
     template: str = "r1",
@@ -61,7 +62,9 @@ def make_token_vector_env(
     Args:
         num_envs: N, number of slots.
         model: ``tiny``, a folder or a hub id; its tokenizer and context define the MDP.
-        engine: ``auto``, ``local`` or ``vllm``: what ``envs.unwrapped.engine`` will be.
+        engine: ``auto``, ``local``, ``vllm`` or ``vllm_server``: what ``envs.unwrapped.engine``
+            will be.
+        servers: URLs for ``vllm_server``, such as ``http://host:8000,http://host:8001``.
         questions: name of a question set; see ``load_questions``.
         split: part of the set that is asked.
         template: ``r1``, ``qwen-math`` or ``none``.
@@ -89,7 +92,7 @@ def make_token_vector_env(
         tokens_per_step=tokens_per_step,
         autoreset_mode=autoreset_mode,
         make_engine=lambda: make_engine(
-            engine, model, max_model_len=prompts.width + max_new_tokens
+            engine, model, max_model_len=prompts.width + max_new_tokens, servers=servers
         ),
         render_mode=render_mode,
     )
@@ -173,11 +176,12 @@ def make_engine(
     dtype: str = "float32",
     device: str | None = None,
     seed: int = 0,
+    servers: str | None = None,
 ) -> Engine:
     """Build an engine.
 
     Args:
-        name: ``auto``, ``local`` or ``vllm``.
+        name: ``auto``, ``local``, ``vllm`` or ``vllm_server``.
         model: ``tiny``, a folder or a hub id.
         max_model_len: most tokens of a prompt and its response together.
         module: the trainer's own Transformers model, which the local engine then shares, so
@@ -185,9 +189,24 @@ def make_engine(
         dtype: of the computation; the local engine keeps float32 weights.
         device: of the local engine, where it loads the weights; None is a GPU if there is one.
         seed: of the engine's own random numbers, where it has any.
+        servers: URLs of the servers of ``vllm_server``, separated by commas.
+
+    Raises:
+        ConfigurationError: if servers are given to another engine, or none to this one.
     """
     tokenizer = load_tokenizer(model)
-    if resolve_engine(name) == "vllm":
+    used = resolve_engine(name)
+    if servers and used != "vllm_server":
+        raise ConfigurationError(
+            f"servers={servers!r} with engine={name!r}: expected engine='vllm_server', the one "
+            "that has servers"
+        )
+    if used == "vllm_server":
+        from lmrl_env.engines.vllm_server import VllmServerEngine
+
+        urls = [url.strip() for url in (servers or "").split(",") if url.strip()]
+        return VllmServerEngine(model, tokenizer, urls, dtype=dtype, max_model_len=max_model_len)
+    if used == "vllm":
         from lmrl_env.engines.vllm import VllmEngine
 
         return VllmEngine(model, tokenizer, max_model_len=max_model_len, dtype=dtype, seed=seed)

@@ -18,6 +18,7 @@ from lmrl_env.cli.export import export_command
 from lmrl_env.cli.plot import plot_command
 from lmrl_env.cli.questions import questions_group
 from lmrl_env.cli.regrade import regrade_command
+from lmrl_env.cli.serve import serve_command
 from lmrl_env.cli.verify import verify_command
 from lmrl_env.errors import LmrlError
 
@@ -65,6 +66,7 @@ for command in (
     plot_command,
     questions_group,
     regrade_command,
+    serve_command,
     verify_command,
 ):
     main.add_command(command)

@@ -8,10 +8,14 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from lmrl_env.engines.vllm_requests import (
+    check_request,
+    make_completion,
+    padding_bias,
+    sampling_options,
+)
 from lmrl_env.engines.vllm_world import VllmWorld
-from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError, WeightSyncError
+from lmrl_env.errors import ConfigurationError, EngineError, WeightSyncError
 from lmrl_env.tokenizer import Tokenizer, model_path
 from lmrl_env.types import Completion, Sampling
 
@@ -105,8 +109,7 @@ class VllmEngine:
         atexit.register(self.close)
         config = self._llm.llm_engine.model_config
         self._max_model_len: int = config.max_model_len
-        logit_width = config.get_vocab_size()
-        self._padding = dict.fromkeys(range(tokenizer.vocab_size, logit_width), -float("inf"))
+        self._padding = padding_bias(tokenizer, config.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -145,17 +148,7 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
 
         self._check_awake()
-        if len(seeds) != len(prompt_ids) * n or min(seeds, default=0) < 0:
-            raise ConfigurationError(
-                f"{len(seeds)} seeds from {min(seeds, default=0)} on for {len(prompt_ids)} prompts "
-                f"with n={n}: expected {len(prompt_ids) * n} of them, none negative"
-            )
-        longest = max(map(len, prompt_ids), default=0)
-        if longest + sampling.max_new_tokens > self._max_model_len:
-            raise PromptTooLongError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed "
-                f"max_model_len={self._max_model_len}: start the engine with a larger one"
-            )
+        check_request(prompt_ids, sampling, n, seeds, self._max_model_len)
         prompts = [
             {"prompt_token_ids": list(map(int, token_ids))}
             for token_ids in prompt_ids
@@ -233,34 +226,12 @@ class VllmEngine:
     def _sampling_params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=int(seed),
-            stop=list(sampling.stop),
-            include_stop_str_in_output=True,
-            stop_token_ids=list(self._tokenizer.eos_token_ids),
-            detokenize=bool(sampling.stop),
-            skip_special_tokens=False,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            logit_bias=self._padding or None,
-        )
+        options = sampling_options(sampling, seed, self._tokenizer, self._padding)
+        return SamplingParams(**options, flat_logprobs=True)
 
     def _completion(self, output: Any) -> Completion:
-        logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
-        if not np.isfinite(logprobs).all():
-            raise EngineError(
-                "the model's logits are not finite: expected numbers; its weights have diverged or "
-                "overflow in this dtype, so go back to a checkpoint with a lower learning rate"
-            )
-        return Completion(
-            token_ids=np.asarray(output.token_ids, dtype=np.int32),
-            logprobs=logprobs,
-            finish_reason=output.finish_reason,
-            version=self.version,
+        return make_completion(
+            output.token_ids, output.logprobs.logprobs, output.finish_reason, self.version
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from padded_model import TOLERANCE, largest_gap
 
 from lmrl_env.errors import (
     ConfigurationError,
@@ -22,59 +22,12 @@ from lmrl_env.errors import (
     PromptTooLongError,
     WeightSyncError,
 )
-from lmrl_env.tokenizer import load_tokenizer
 from lmrl_env.types import Sampling
 
 if importlib.util.find_spec("vllm") is None and not os.environ.get("CI"):
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.vllm
-
-PADDING = 13  # logits beyond the tokenizer's ids
-TOLERANCE = 1e-4  # nats, float32
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A random model whose logits are wider than its tokenizer and prefer the excess."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet
-    )
-    bpe.train_from_iterator(["the answer is 42 and the question was long"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer) + PADDING,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[-PADDING:] = 2 * model.model.embed_tokens.weight[:PADDING]
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return load_tokenizer(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -91,46 +44,6 @@ def engine(running, model):
     """The engine with the weights of the folder."""
     running.update_weights(model.state_dict().items(), 0)
     return running
-
-
-@pytest.fixture
-def model(model_folder):
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-
-
-@pytest.fixture
-def other_model(model_folder):
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    return [tokenizer.encode("the answer"), tokenizer.encode("a question and " * 4)]
-
-
-def forward_logprobs(model, tokenizer, prompt, completion, temperature=1.0):
-    """Log-probs of a completion's tokens by one forward pass of Transformers."""
-    ids = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1, : tokenizer.vocab_size]
-    logprobs = (logits / temperature).log_softmax(-1)
-    return logprobs[torch.arange(len(logits)), ids[0, len(prompt) :]].numpy()
-
-
-def largest_gap(model, tokenizer, prompts, completions, temperature=1.0):
-    n = len(completions) // len(prompts)
-    return max(
-        np.abs(
-            forward_logprobs(model, tokenizer, prompts[i // n], completion, temperature)
-            - completion.logprobs
-        ).max()
-        for i, completion in enumerate(completions)
-    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -351,7 +264,7 @@ TWO_RANKS = """
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator
-    from transformers import AutoModelForCausalLM
+    from padded_model import TOLERANCE, largest_gap
 
     from lmrl_env.engines.vllm import VllmEngine
     from lmrl_env.tokenizer import load_tokenizer
