@@ -79,7 +79,7 @@ def make_envs(num_envs=1, **kwargs):
 gym.register("Digits-v0", vector_entry_point=make_envs)
 
 
-def launch(ranks: int, *arguments: str, timeout: float = 280, check: bool = True):
+def launch(ranks: int, *arguments: str, timeout: float = 800, check: bool = True):
     """Run this program on a number of ranks, and return what became of it."""
     folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -24,7 +24,7 @@ LONG_JOB = "dr_grpo,float64,10"
 SHARDED_JOBS = [f"{name},float32,{STEPS},sharded" for name in ("dr_grpo", "ppo", "grpo")]
 EXTRA_JOBS = {1: [LONG_JOB], 2: [LONG_JOB, *SHARDED_JOBS, "fully_shard"], 4: []}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test of each launch waits
 several = pytest.mark.parametrize("ranks", [2, 4])
 
 
