@@ -109,8 +109,8 @@ def _check_launch(accelerator: Accelerator) -> None:
         asked_for = environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
         if asked_for and accelerator.distributed_type != kind:
             raise ConfigurationError(
-                f"the launch asked for {name} and Accelerate runs {accelerator.distributed_type} "
-                f"on {accelerator.device}, where every rank would hold the whole model: sharding "
+                f"the launch asked for {name} and Accelerate runs "
+                f"{accelerator.distributed_type.value} on {accelerator.device}, where every rank would hold the whole model: sharding "
                 "needs one GPU a rank; launch with examples/accelerate/cpu_ranks.yaml or ddp.yaml"
             )
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or accelerator.state.deepspeed_plugin

@@ -59,11 +59,11 @@ def random_model(
             else:  # biases and gains
                 parameter.add_(0.3 * torch.randn_like(parameter))
     if dtype == torch.float64:
-        _norm_in_float64(model)
+        norm_in_float64(model)
     return model
 
 
-def _norm_in_float64(model: PreTrainedModel) -> None:
+def norm_in_float64(model: PreTrainedModel) -> None:
     """Replace the norms of Transformers, which round to float32 whatever the model's dtype."""
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
