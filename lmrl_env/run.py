@@ -32,20 +32,21 @@ from lmrl_env.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from lmrl_env.distributed import all_lists, all_sum, any_rank, make_accelerator
+from lmrl_env.distributed import all_lists, all_sum, any_rank, make_accelerator, shutdown
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.evaluation import evaluate
-from lmrl_env.options import check_range
+from lmrl_env.manifest import make_manifest
+from lmrl_env.manifest_table import print_manifest
 from lmrl_env.plotting import plot_curves
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
-from lmrl_env.prompts import PromptTable
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
 from lmrl_env.registration import make_engine, resolve_engine
 from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
 from lmrl_env.run_folder import FAULTS_FILE, RunFolder, finite, sample_record
+from lmrl_env.settings import check_settings
 from lmrl_env.tokenizer import load_tokenizer
 from lmrl_env.weight_sync import sync_weights
 
@@ -83,20 +84,6 @@ class Run:
     def __init__(self, args: Any, algorithm_file: str):
         self.args = args
         self.algorithm = Path(algorithm_file).stem
-        for name in ("steps", "epochs", "eval_questions", "max_new_tokens", "rollout_parts"):
-            check_range(args, name, least=1)
-        check_range(args, "micro_batch_tokens", least=1)
-        for name in ("seed", "lr", "warmup_steps", "weight_decay"):
-            check_range(args, name, least=0)
-        for name in ("entropy_coef", "eval_every", "checkpoint_every"):
-            check_range(args, name, least=0)
-        for name in ("temperature", "max_grad_norm", "tis_cap"):
-            check_range(args, name, above=0)
-        check_range(args, "adam_beta2", least=0, most=1)
-        check_range(args, "async_depth", least=0, most=1)
-        check_range(args, "keep_checkpoints", least=0)
-        check_range(args, "lora_rank", least=1)
-        check_range(args, "wait_limit", above=0)
         if args.async_depth and args.tis_cap is None:
             args.tis_cap = ASYNC_TIS_CAP
         args.run_dir = args.resume or args.run_dir or _default_run_dir(self.algorithm, args)
@@ -107,6 +94,7 @@ class Run:
                 f"with --resume {args.run_dir}"
             )
         self.accelerator = make_accelerator(args.device, args.dtype, args.tracker, args.run_dir)
+        check_settings(args, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
         self.plan = BatchPlan(
             self.accelerator,
@@ -171,7 +159,20 @@ class Run:
                 f"--env {args.env!r} cannot be made ({error}): expected an id such as MathR1-v0 or "
                 "my_module:MyEnv-v0 of a module here or installed, over make_token_vector_env"
             ) from error
+        self._plan_ahead(envs, eval_envs)
         return envs, eval_envs
+
+    def _plan_ahead(self, *envs: VectorEnv[Any, Any, Any]) -> None:
+        """Print what the run will do, and end the program there with ``--dry-run``."""
+        train, heldout = (unwrap(each).prompts for each in envs)
+        self._manifest = make_manifest(self.args, self.algorithm, self.plan, train, heldout)
+        self._print_heading()
+        print_manifest(self._manifest, self.display.console)
+        if self.args.dry_run:
+            for each in envs:
+                each.close()
+            shutdown(self.accelerator)
+            raise SystemExit(0)
 
     # --- begin
 
@@ -193,6 +194,21 @@ class Run:
             eval_envs: to evaluate in.
             policy: as ``prepare`` returned it.
         """
+        atexit.register(self._break_off)
+        try:
+            self._start(envs, eval_envs, policy)
+        except BaseException:
+            self._break_off()
+            raise
+
+    def _start(
+        self,
+        envs: VectorEnv[Any, Any, Any],
+        eval_envs: VectorEnv[Any, Any, Any],
+        policy: nn.Module,
+    ) -> None:
+        for each in (envs, eval_envs):
+            self._stack.callback(each.close)
         args, tables = self.args, (unwrap(envs).prompts, unwrap(eval_envs).prompts)
         if self.is_main:
             overlap = warn_of_overlap(tables[0].questions, tables[1].questions)
@@ -211,7 +227,7 @@ class Run:
                 **provenance(),
             }
             self.folder.write_config(config)
-            self._print_heading(tables[0], tables[1])
+            self.folder.write_manifest(self._manifest)
             if overlap:
                 self._show(overlap, style="bold red")
         if args.tracker:
@@ -227,10 +243,11 @@ class Run:
             dtype=args.dtype,
             seed=args.seed,
         )
+        self._stack.callback(self._engine.close)
+        self._stack.callback(self._sampler.shutdown, cancel_futures=True)
         self._sync_weights(policy)
         if self.is_main:
             self.folder.keep_rows(self.last_step if self.checkpoint else None)
-        atexit.register(self._stack.close)  # an error must not leave a terminal without a cursor
         self._stack.enter_context(self.display)
         for row in self.folder.rows:
             self.display.update(row)
@@ -243,17 +260,12 @@ class Run:
         """Print a line on the first rank; text is never taken for markup."""
         self.display.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
+    def _print_heading(self) -> None:
         args = self.args
         self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.folder.path}")
         if args.resume:
             source = self.checkpoint or "the start, since the run has no checkpoint yet"
             self._show(f"going on from {source}")
-        evaluated = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
-        for name, table, asked in (("train", train, ""), ("held-out", heldout, evaluated)):
-            note = f", {table.dropped} too long for the context" if table.dropped else ""
-            note += asked
-            self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
 
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimiser back that the run is resumed with.
@@ -386,11 +398,18 @@ class Run:
     # --- the clock
 
     def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps to do, from 1, until a signal asks to stop."""
-        while self.last_step < self.args.steps and not self._stopping:
-            self.last_step += 1
-            self._step_started = time.perf_counter()
-            yield self.last_step
+        """Yield the numbers of the steps to do, from 1, until a signal asks to stop.
+
+        An error in the loop's body closes environments, engine and display.
+        """
+        try:
+            while self.last_step < self.args.steps and not self._stopping:
+                self.last_step += 1
+                self._step_started = time.perf_counter()
+                yield self.last_step
+        except GeneratorExit:  # the loop is left by an error, which drops this generator
+            self._break_off()
+            raise
 
     def is_stopping(self) -> bool:
         """Return whether a signal reached any rank; every rank calls, once a step."""
@@ -512,13 +531,33 @@ class Run:
 
     def finish(self, *envs: VectorEnv[Any, Any, Any]) -> None:
         """Say how accuracy moved and where everything is; close environments and engine."""
-        self._stack.close()
-        if self.is_main:
-            self._summarize()
-        self._sampler.shutdown()
+        self._close()
         for each in envs:
             each.close()
-        self._engine.close()
+        if self.is_main:
+            self._summarize()
+
+    def _close(self) -> None:
+        """Close environments, engine and display; a second call does nothing."""
+        atexit.unregister(self._break_off)
+        self._stack.close()
+
+    def _break_off(self) -> None:
+        """Close everything after an error, and say what there is to go on with."""
+        self._close()
+        if not self.is_main or not (self.folder.path / "config.json").exists():
+            return
+        checkpoint = latest_checkpoint(self.folder.checkpoints)
+        self._show(
+            f"broken off in step {self.last_step}: "
+            + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
+            + f"; go on with: {self._resume_command}",
+            style="bold red",
+        )
+
+    @property
+    def _resume_command(self) -> str:
+        return f"python {sys.argv[0]} --resume {self.folder.path}"
 
     def _summarize(self) -> None:
         evaluated = [row for row in self.folder.rows if row.get("eval/accuracy") is not None]
@@ -535,7 +574,7 @@ class Run:
         for path in sorted(self.folder.path.iterdir()):
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
-            self._show(f"go on with: python {sys.argv[0]} --resume {self.folder.path}")
+            self._show(f"go on with: {self._resume_command}")
 
 
 def _spec_record(spec: EnvSpec | None) -> dict[str, Any] | None:

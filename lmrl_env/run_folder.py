@@ -15,9 +15,10 @@ FAULTS_FILE = "faults.jsonl"
 
 
 class RunFolder:
-    """``config.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
+    """``config.json manifest.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
 
-    Only the first rank writes to it.
+    Responses that were not finite are in ``faults.jsonl``, if there were any. Only the first rank
+    writes to it.
 
     Args:
         path: of the folder, which is made when something is written first.
@@ -44,6 +45,10 @@ class RunFolder:
         """Write ``config.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write ``manifest.json``."""
+        (self.path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     def keep_rows(self, last_step: int | None) -> None:
         """Drop logged rows behind a step, which will be written again; None drops all."""
