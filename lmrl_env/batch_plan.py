@@ -31,6 +31,28 @@ Report = Callable[[str, str, Rollout, Mapping[int, list[str]]], None]
 """Called on every rank with what happened, more of it, a batch, and what is wrong with its rows."""
 
 
+def batch_problems(questions: int, ranks: int, updates: int) -> list[str]:
+    """Return why a batch's questions cannot be shared out so, if they cannot.
+
+    Args:
+        questions: of a rollout batch over all ranks.
+        ranks: number of processes.
+        updates: optimiser steps an epoch.
+    """
+    problems = []
+    if questions < 1 or questions % ranks:
+        problems.append(
+            f"--prompts-per-step {questions} is not a multiple of the {ranks} ranks: use "
+            f"{max(1, questions // ranks) * ranks}"
+        )
+    if not 1 <= updates <= max(1, questions):
+        problems.append(
+            f"--updates-per-step {updates}: {questions} questions cannot be cut into so many "
+            "parts; raise --prompts-per-step or lower --updates-per-step"
+        )
+    return problems
+
+
 class BatchPlan:
     """Which part of a rollout batch belongs to which rank, optimiser step and micro-batch.
 
@@ -69,16 +91,8 @@ class BatchPlan:
         report: Report | None = None,
     ):
         ranks = accelerator.num_processes
-        if questions < 1 or questions % ranks:
-            raise ConfigurationError(
-                f"--prompts-per-step {questions} is not a multiple of the {ranks} ranks: use "
-                f"{max(1, questions // ranks) * ranks}"
-            )
-        if not 1 <= updates <= questions:
-            raise ConfigurationError(
-                f"--updates-per-step {updates}: {questions} questions cannot be cut into so many "
-                "parts; raise --prompts-per-step or lower --updates-per-step"
-            )
+        if problems := batch_problems(questions, ranks, updates):
+            raise ConfigurationError("; ".join(problems))
         self.accelerator = accelerator
         self.questions = questions
         self.group_size = group_size

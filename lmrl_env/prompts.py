@@ -26,12 +26,14 @@ class PromptTable:
         questions: the questions that fit; a question's id in the environment is its index here.
         width: P, tokens of the longest prompt.
         dropped: number of questions that do not fit.
+        context_length: most tokens that the model can attend to.
     """
 
     def __init__(
         self, questions: QuestionSet, template: Template, tokenizer: Tokenizer, max_new_tokens: int
     ):
-        room = tokenizer.context_length - max_new_tokens
+        self.context_length = tokenizer.context_length
+        room = self.context_length - max_new_tokens
         token_ids = tokenizer.encode_prompts([template.render(q.question) for q in questions])
         lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
         fits = np.flatnonzero(lengths <= room)

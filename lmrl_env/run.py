@@ -28,15 +28,16 @@ from lmrl_env.distributed import (
     is_sharded,
     make_accelerator,
     prepare_frozen,
+    shutdown,
 )
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.evaluation import evaluate
-from lmrl_env.options import check_range
+from lmrl_env.manifest import make_manifest
+from lmrl_env.manifest_table import print_manifest
 from lmrl_env.plotting import plot_curves
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
-from lmrl_env.prompts import PromptTable
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
 from lmrl_env.random_states import seed_generators
@@ -51,6 +52,7 @@ from lmrl_env.run_folder import (
     sample_record,
     spec_record,
 )
+from lmrl_env.settings import check_settings
 from lmrl_env.signals import StopRequest
 from lmrl_env.tokenizer import load_tokenizer
 from lmrl_env.training_state import (
@@ -102,20 +104,6 @@ class Run:
     def __init__(self, args: Any, algorithm_file: str):
         self.args = args
         self.algorithm = Path(algorithm_file).stem
-        for name in ("steps", "epochs", "eval_questions", "max_new_tokens", "rollout_parts"):
-            check_range(args, name, least=1)
-        check_range(args, "micro_batch_tokens", least=1)
-        for name in ("seed", "lr", "warmup_steps", "weight_decay"):
-            check_range(args, name, least=0)
-        for name in ("entropy_coef", "eval_every", "checkpoint_every"):
-            check_range(args, name, least=0)
-        for name in ("temperature", "max_grad_norm", "tis_cap"):
-            check_range(args, name, above=0)
-        check_range(args, "adam_beta2", least=0, most=1)
-        check_range(args, "async_depth", least=0, most=1)
-        check_range(args, "keep_checkpoints", least=0)
-        check_range(args, "lora_rank", least=1)
-        check_range(args, "wait_limit", above=0)
         if args.async_depth and args.tis_cap is None:
             args.tis_cap = ASYNC_TIS_CAP
         args.run_dir = args.resume or args.run_dir or default_run_dir(self.algorithm, args)
@@ -133,6 +121,7 @@ class Run:
             wait_limit=args.wait_limit,
             max_grad_norm=args.max_grad_norm,
         )
+        check_settings(args, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
         self.plan = BatchPlan(
             self.accelerator,
@@ -213,7 +202,20 @@ class Run:
                 f"--env {args.env!r} cannot be made ({error}): expected an id such as MathR1-v0 or "
                 "my_module:MyEnv-v0 of a module here or installed, over make_token_vector_env"
             ) from error
+        self._plan_ahead(envs, eval_envs)
         return envs, eval_envs
+
+    def _plan_ahead(self, *envs: VectorEnv[Any, Any, Any]) -> None:
+        """Print what the run will do, and end the program there with ``--dry-run``."""
+        train, heldout = (unwrap(each).prompts for each in envs)
+        self._manifest = make_manifest(self.args, self.algorithm, self.plan, train, heldout)
+        self._print_heading()
+        print_manifest(self._manifest, self.display.console)
+        if self.args.dry_run:
+            for each in envs:
+                each.close()
+            shutdown(self.accelerator)
+            raise SystemExit(0)
 
     # --- begin
 
@@ -230,6 +232,21 @@ class Run:
             eval_envs: to evaluate in.
             policy: as ``prepare`` returned it.
         """
+        atexit.register(self._break_off)
+        try:
+            self._start(envs, eval_envs, policy)
+        except BaseException:
+            self._break_off()
+            raise
+
+    def _start(
+        self,
+        envs: VectorEnv[Any, Any, Any],
+        eval_envs: VectorEnv[Any, Any, Any],
+        policy: nn.Module,
+    ) -> None:
+        for each in (envs, eval_envs):
+            self._stack.callback(each.close)
         args, tables = self.args, (unwrap(envs).prompts, unwrap(eval_envs).prompts)
         if self.is_main:
             overlap = warn_of_overlap(tables[0].questions, tables[1].questions)
@@ -246,9 +263,9 @@ class Run:
                 },
                 **provenance(),
             }
-            self._print_heading(tables[0], tables[1])
             for line in self._resumption.begin(config):
                 self._show(line, style="bold yellow")
+            self.folder.write_manifest(self._manifest)
             if overlap:
                 self._show(overlap, style="bold red")
         if args.tracker:
@@ -268,8 +285,9 @@ class Run:
             device=str(self.accelerator.device),
             seed=args.seed,
         )
+        self._stack.callback(self._engine.close)
+        self._stack.callback(self._sampler.shutdown, cancel_futures=True)
         self._sync_weights(policy)
-        atexit.register(self._stack.close)  # an error must not leave a terminal without a cursor
         self._stack.enter_context(self.display)
         for row in self.folder.rows:
             self.display.update(row)
@@ -280,14 +298,9 @@ class Run:
         """Print a line on the first rank; text is never taken for markup."""
         self.display.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def _print_heading(self, train: PromptTable, heldout: PromptTable) -> None:
+    def _print_heading(self) -> None:
         args = self.args
         self._show(f"{self.algorithm} trains {args.model} in {args.env}, into {self.folder.path}")
-        evaluated = f", {min(args.eval_questions, len(heldout))} of them asked at an evaluation"
-        for name, table, asked in (("train", train, ""), ("held-out", heldout, evaluated)):
-            note = f", {table.dropped} too long for the context" if table.dropped else ""
-            note += asked
-            self._show(f"{name} questions: {table.questions.report}{note}", style="dim")
 
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimiser back that the run is resumed with.
@@ -429,15 +442,22 @@ class Run:
     # --- the clock
 
     def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps to do, from 1, until a signal asks to stop."""
+        """Yield the numbers of the steps to do, from 1, until a signal asks to stop.
+
+        An error in the loop's body closes environments, engine and display.
+        """
         if self.checkpoint is not None:
             self._restore_sampling(self.checkpoint / TRAINER)
         self.is_stopping()
-        while self.last_step < self.args.steps and not self._stopping:
-            self.last_step += 1
-            self._step_started = time.perf_counter()
-            with phase("training"):
-                yield self.last_step
+        try:
+            while self.last_step < self.args.steps and not self._stopping:
+                self.last_step += 1
+                self._step_started = time.perf_counter()
+                with phase("training"):
+                    yield self.last_step
+        except GeneratorExit:  # the loop is left by an error, which drops this generator
+            self._break_off()
+            raise
 
     def is_stopping(self) -> bool:
         """Return whether a signal reached any rank; every rank calls, once a step."""
@@ -589,15 +609,35 @@ class Run:
 
     def finish(self, *envs: VectorEnv[Any, Any, Any]) -> None:
         """Say how accuracy moved and where everything is; close environments and engine."""
-        self._stack.close()
-        if self.is_main:
-            self._summarize()
-        self._sampler.shutdown()
+        self._close()
         for each in envs:
             each.close()
-        self._engine.close()
+        if self.is_main:
+            self._summarize()
         self.folder.unlock()
         self._stop_request.close()
+
+    def _close(self) -> None:
+        """Close environments, engine and display; a second call does nothing."""
+        atexit.unregister(self._break_off)
+        self._stack.close()
+
+    def _break_off(self) -> None:
+        """Close everything after an error, and say what there is to go on with."""
+        self._close()
+        if not self.is_main or not (self.folder.path / "config.json").exists():
+            return
+        steps = self.folder.checkpoints.steps
+        self._show(
+            f"broken off in step {self.last_step}: "
+            + (f"the last checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet")
+            + f"; go on with: {self._resume_command}",
+            style="bold red",
+        )
+
+    @property
+    def _resume_command(self) -> str:
+        return f"python {sys.argv[0]} --resume {self.folder.path}"
 
     def _summarize(self) -> None:
         evaluated = [row for row in self.folder.rows if row.get("eval/accuracy") is not None]
@@ -614,7 +654,7 @@ class Run:
         for path in sorted(self.folder.path.glob("[!.]*")):
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
-            self._show(f"go on with: python {sys.argv[0]} --resume {self.folder.path}")
+            self._show(f"go on with: {self._resume_command}")
 
 
 def _describe(batch: Rollout, row: int) -> str:

@@ -25,9 +25,10 @@ FAULTS_FILE = "faults.jsonl"
 
 
 class RunFolder:
-    """``config.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
+    """``config.json manifest.json metrics.jsonl samples.jsonl curves.png checkpoints/step-N/``.
 
-    Only the first rank writes to it.
+    Responses that were not finite are in ``faults.jsonl``, if there were any. Only the first rank
+    writes to it.
 
     Args:
         path: of the folder, which is made when something is written first.
@@ -81,6 +82,10 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write ``manifest.json``."""
+        write_text(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     def keep_rows(self, last_step: int) -> None:
         """Drop logged rows behind a step, which will be written again; -1 drops all."""

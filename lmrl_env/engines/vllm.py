@@ -142,7 +142,7 @@ class VllmEngine:
 
         Raises:
             ConfigurationError: if an argument is out of its range.
-            EngineError: if the engine sleeps or is closed, or the logits are not finite.
+            EngineError: if the engine sleeps, is closed or dies, or the logits are not finite.
             PromptTooLongError: if a prompt and its response exceed ``max_model_len``.
         """
         from vllm.exceptions import VLLMClientError
@@ -163,6 +163,13 @@ class VllmEngine:
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+        except Exception as error:
+            raise EngineError(
+                f"vLLM died while it sampled {len(seeds)} responses ({type(error).__name__}: "
+                f"{error}): it cannot go on, so close this engine. A run goes on from its last "
+                "checkpoint with --resume; where memory ran out, lower --prompts-per-step or "
+                "--max-new-tokens, or sample with --engine local"
+            ) from error
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def update_weights(
