@@ -99,16 +99,10 @@ def child(place, call, numbers, folder, **kwargs):
     return process.exitcode, output.read_text()
 
 
-KILLS = {
-    "before the first checkpoint": ("lmrl_env.updates:Updates.backward", 1),
-    "evaluation": ("lmrl_env.run:evaluate", 2),
-    "sampling": ("lmrl_env.engines.local:LocalEngine.generate", 8),
-    "grading": ("lmrl_env.grading:Grader.grade", 4),
+KILLS = {  # benchmarks/kill_matrix.py tries random moments
+    "sampling, before any checkpoint": ("lmrl_env.engines.local:LocalEngine.generate", 3),
     "training": ("lmrl_env.updates:Updates.backward", 3),
-    "a row": ("lmrl_env.run_folder:RunFolder.append_row", 3),
     "checkpoint, model written": ("lmrl_env.training_state:save_model", 2),
-    "checkpoint, not yet renamed": ("lmrl_env.durable:_checksums", 3),
-    "checkpoint, just renamed": ("pathlib:Path.rename", 2),
     "checkpoint, old one half deleted": ("pathlib:Path.rename", 4),
 }
 
@@ -125,10 +119,9 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(finished, tmp_path,
 
 
 STOPS = {
-    "the model is loaded": ("lmrl_env.run:load_model", 1),
-    "the start is evaluated": ("lmrl_env.run:evaluate", 1),
-    "it samples": ("lmrl_env.engines.local:LocalEngine.generate", 5),
-    "a checkpoint is written": ("lmrl_env.training_state:save_model", 2),
+    "the model is loaded": ("lmrl_env.run:load_model", 1, 0),
+    "it samples": ("lmrl_env.engines.local:LocalEngine.generate", 5, 2),
+    "a checkpoint is written": ("lmrl_env.training_state:save_model", 1, 3),
 }
 
 
@@ -136,19 +129,20 @@ STOPS = {
 @pytest.mark.parametrize("moment", STOPS)
 def test_sigterm_ends_a_run_with_its_work_saved(finished, tmp_path, moment):
     folder = tmp_path / "run"
-    status, output = child(*STOPS[moment], [signal.SIGTERM], folder, checkpoint_every=0)
+    place, call, step = STOPS[moment]
+    status, output = child(place, call, [signal.SIGTERM], folder, checkpoint_every=2)
     assert status == 0 and "Traceback" not in output
-    assert f"--resume {folder}" in output
-    done = max((row["step"] for row in rows(folder)), default=0)
-    assert done < STEPS and (done == 0 or (folder / "checkpoints" / f"step-{done}").is_dir())
-    train(folder, checkpoint_every=0)
+    assert "SIGTERM: ending after this step" in output and f"--resume {folder}" in output
+    assert max((row["step"] for row in rows(folder)), default=0) == step
+    assert step == 0 or (folder / "checkpoints" / f"step-{step}").is_dir()
+    train(folder, checkpoint_every=2)
     assert final(folder) == final(finished)
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
     numbers = [signal.SIGTERM, signal.SIGTERM]
-    status, _ = child("lmrl_env.run:evaluate", 1, numbers, tmp_path / "run")
+    status, _ = child("lmrl_env.run:load_model", 1, numbers, tmp_path / "run")
     assert status == -signal.SIGTERM
 
 
@@ -233,7 +227,8 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_by_name(finished, tmp_
     message = r"cannot write .*step-4\.partial/model\.safetensors: .*File too large"
     with pytest.raises(RunFolderError, match=message), largest_file(1_000_000):
         train(folder)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-3"]
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "step-3" in names and not names & {"step-4", "step-4.partial"}
     train(folder)
     assert final(folder) == final(finished)
 
