@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from record import write
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
+STEPS = 5
 FLAGS = (
-    *("--questions=arithmetic:size=40", "--prompts-per-step=4", "--group-size=4"),
-    *("--max-new-tokens=48", "--eval-questions=8", "--eval-every=3", f"--steps={STEPS}"),
+    *("--questions=arithmetic:size=40", "--prompts-per-step=2", "--group-size=4"),
+    *("--max-new-tokens=48", "--eval-questions=8", "--eval-every=2", f"--steps={STEPS}"),
     *("--checkpoint-every=2", "--keep-checkpoints=2", "--lr=1e-3", "--device=cpu"),
 )
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -43,13 +48,6 @@ PHASES = ("sampling", "grading", "training", "checkpoint")
 SECONDS = 400
 """Most that a run may take on a busy machine."""
 
-# The process tells where it is when it is asked by SIGUSR1; the library has no hook for it.
-LAUNCH = """
-import faulthandler, runpy, signal, sys
-faulthandler.register(signal.SIGUSR1, all_threads=True)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 PLACES = (  # what a stack holds, innermost meaning first
     ("plot_curves", "curves"),
     ("in save_checkpoint", "checkpoint"),
@@ -66,8 +64,38 @@ PLACES = (  # what a stack holds, innermost meaning first
 )
 
 
+def run_program(
+    program: list[str], said: str, file_limit: int, environment: dict[str, str]
+) -> None:
+    """Be a command line, in a forked process whose libraries are imported already.
+
+    It tells where it is when SIGUSR1 asks: the library has no hook for that.
+    """
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    sys.argv = program
+    runpy.run_path(program[0], run_name="__main__")
+
+
+def ranks_environment(ranks: int) -> list[dict[str, str]]:
+    """Return what torchrun would tell each of several processes; nothing to a single one."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 class Job:
-    """A training run in a process of its own.
+    """A training run in a process of its own, or in one for each rank.
+
+    It goes on with the run in the folder, or begins it where the folder holds none.
 
     Args:
         variant: key of ``VARIANTS``.
@@ -90,16 +118,27 @@ class Job:
         resumed = (folder / "config.json").exists()
         settings = [f"--resume={folder}"] if resumed else [*FLAGS, *own, f"--run-dir={folder}"]
         program = [str(ROOT / "algos" / f"{algorithm}.py"), *settings, *more]
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-        self.error_file = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, *(torchrun if ranks > 1 else ["-c", LAUNCH]), *program],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=self.error_file,
-            text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit)),
-        )
+        handle, name = tempfile.mkstemp(suffix=".txt")
+        os.close(handle)
+        self.said = Path(name)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([f"algos.{own[0]}" for own in VARIANTS.values()])
+        self.processes = [
+            context.Process(target=run_program, args=(program, name, file_limit, environment))
+            for environment in ranks_environment(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether all of its processes are alive."""
+        return all(process.is_alive() for process in self.processes)
+
+    def send(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        for process in self.processes:
+            os.kill(process.pid, number)
 
     @property
     def steps(self) -> int:
@@ -109,34 +148,36 @@ class Job:
 
     def place(self) -> str:
         """Return what the process is doing."""
-        before = self.error_file.seek(0, os.SEEK_END)
-        if self.steps == 0 and not (self.folder / "config.json").exists():
-            return "start"  # it could not answer yet
-        self.process.send_signal(signal.SIGUSR1)
+        if not (self.folder / "config.json").exists():
+            return "start"
+        before = self.said.stat().st_size
+        self.send(signal.SIGUSR1)
         deadline, stacks = time.monotonic() + 10, ""
         while "algos/" not in stacks and time.monotonic() < deadline:
-            self.error_file.seek(before)
-            stacks = self.error_file.read()
+            stacks = self.said.read_bytes()[before:].decode(errors="replace")
         return next((name for text, name in PLACES if text in stacks), "other")
 
     def signal_at(self, wanted: str, after: int, number: int, chance: random.Random) -> str:
         """Send a signal when the process is at a place, and return where that was."""
         deadline = time.monotonic() + SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if self.steps >= after:
-                if wanted == "checkpoint" and any(self.folder.glob("checkpoints/*.partial")):
-                    time.sleep(chance.uniform(0, 0.1))
+        while self.running and time.monotonic() < deadline:
+            writing = any(self.folder.glob("checkpoints/*.partial"))
+            if self.steps >= after and (writing or wanted != "checkpoint"):
+                if writing:
+                    time.sleep(chance.uniform(0, 0.2))
                 if (place := self.place()) == wanted or wanted == "any":
-                    self.process.send_signal(number)
+                    self.send(number)
                     return place
             time.sleep(chance.uniform(0, 0.02))
-        raise AssertionError(f"the process was never {wanted}: {self.end()}")
+        return "nowhere"  # it ended before it was seen at that place
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; return exit status and what was said."""
-        output, _ = self.process.communicate(timeout=SECONDS)
-        self.error_file.seek(0)
-        return self.process.returncode, output + self.error_file.read()
+        """Wait for the end; return the exit status and what was said."""
+        for process in self.processes:
+            process.join(SECONDS)
+        said = self.said.read_text(errors="replace")
+        self.said.unlink()
+        return max((process.exitcode for process in self.processes), key=abs), said
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -174,25 +215,33 @@ def is_well(record: dict[str, Any]) -> bool:
     )
 
 
-def kills(work: Path, expected: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Kill a run at a random moment, some of them twice, and resume it."""
-    chance = random.Random(0)
-    for index in range(KILLS):
-        variant = list(VARIANTS)[index % len(VARIANTS)]
-        wanted = PHASES[index % len(PHASES)] if index % 10 != 9 else "any"
-        folder = work / f"kill-{index}"
-        after = chance.randrange(STEPS) if wanted != "any" else 0
-        moments = []
-        for _ in range(2 if index % 5 == 4 else 1):
+def kill(work: Path, expected: dict[str, dict[str, Any]], index: int) -> dict[str, Any]:
+    """Kill a run at a random moment, every fifth twice, and resume it."""
+    chance = random.Random(index)
+    variant = list(VARIANTS)[index % len(VARIANTS)]
+    wanted = PHASES[index % len(PHASES)] if index % 10 != 9 else "any"
+    after = chance.randrange(STEPS - 1) if wanted != "any" else 0
+    folder, moments = work / f"kill-{index}", []
+    for _ in range(2 if index % 5 == 4 else 1):
+        job = Job(variant, folder)
+        if wanted == "any":
+            time.sleep(chance.uniform(0, 10))
+        place = job.signal_at(wanted, after, signal.SIGKILL, chance)
+        job.end()
+        if place == "nowhere":  # no kill: again, a little earlier
+            shutil.rmtree(folder)
             job = Job(variant, folder)
-            if wanted == "any":
-                time.sleep(chance.uniform(0, 10))
-            place = job.signal_at(wanted, min(after, STEPS - 1), signal.SIGKILL, chance)
+            place = job.signal_at(wanted, max(0, after - 1), signal.SIGKILL, chance)
             job.end()
-            partial = [path.name for path in folder.rglob("*.partial")]
-            moments.append({"place": place, "steps_done": job.steps, "half_written": partial})
-            wanted, after = "any", 0
-        yield {"variant": variant, "kills": moments, **finish(variant, folder, expected[variant])}
+        partial = [path.name for path in folder.rglob("*.partial")]
+        moments.append({"place": place, "steps_done": job.steps, "half_written": partial})
+        wanted, after = "any", 0
+    return {"variant": variant, "kills": moments, **finish(variant, folder, expected[variant])}
+
+
+def kills(work: Path, expected: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(lambda index: kill(work, expected, index), range(KILLS))
 
 
 def terminations(work: Path, expected: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -219,13 +268,15 @@ def terminations(work: Path, expected: dict[str, dict[str, Any]]) -> Iterator[di
 
 
 def two_ranks(work: Path) -> Iterator[dict[str, Any]]:
-    """SIGTERM to torchrun with two ranks; resumed by two, and by one."""
+    """SIGTERM to two ranks; resumed by two, and by one."""
     Job("dr_grpo", work / "two-reference", ranks=2).end()
     expected = outcome(work / "two-reference")
     job = Job("dr_grpo", work / "two", ranks=2)
-    while job.steps < 3 and job.process.poll() is None:
+    while job.steps < 2 and job.running:
         time.sleep(0.05)
-    job.process.send_signal(signal.SIGTERM)
+    for process in job.processes:  # the second one hears of it later
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
     job.end()
     last = job.steps
     kept = (work / "two" / "checkpoints" / f"step-{last}").is_dir()
@@ -272,10 +323,10 @@ def full_disks(work: Path, expected: dict[str, dict[str, Any]]) -> Iterator[dict
         resize(200)
         record = {"case": "tmpfs full at the second checkpoint", "kept": kept, **ended}
         yield {**record, **finish("dr_grpo", folder, expected["dr_grpo"])}
-    with small_disk(work / "rows", 40) as _:
+    with small_disk(work / "rows", 60) as _:
         folder = work / "rows" / "run"
         job = Job("dr_grpo", folder, "--checkpoint-every=1")
-        while job.steps < 2 and job.process.poll() is None:
+        while job.steps < 2 and job.running:
             time.sleep(0.01)
         with contextlib.suppress(OSError), (work / "rows" / "filler").open("wb") as file:
             while True:
@@ -301,23 +352,26 @@ def damages(
 ) -> Iterator[dict[str, Any]]:
     """Damage a file of the newest checkpoint; the one before is taken, and the file named."""
     files = ("model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json")
-    cases = [(truncate, name) for name in files] + [(flip_a_bit, name) for name in files]
-    for damage, name in [*cases, (flip_a_bit, "checksums.json"), (Path.unlink, files[0])]:
+    cases = [*zip((truncate,) * 3, files, strict=True), *zip((flip_a_bit,) * 3, files, strict=True)]
+    for damage, name in (*cases, (Path.unlink, files[0])):
         folder = work / f"{damage.__name__}-{Path(name).stem}"
         shutil.copytree(finished, folder)
         damage(folder / "checkpoints" / f"step-{STEPS}" / name)
         record = finish("dr_grpo", folder, expected["dr_grpo"])
         history = json.loads((folder / "config.json").read_text())["resumed"]
-        named = any(name in line for line in history[-1]["damaged"]) or name == "checksums.json"
+        named = any(name in line for line in history[-1]["damaged"])
         yield {"case": f"{damage.__name__} {name}", "same_file_named": named, **record}
 
 
 def main() -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         expected = {}
-        for variant in VARIANTS:
-            status, said = Job(variant, work / variant).end()
+        jobs = {variant: Job(variant, work / variant) for variant in VARIANTS}
+        for variant, job in jobs.items():
+            status, said = job.end()
             assert status == 0, said
             expected[variant] = outcome(work / variant)
         parts = {

@@ -26,7 +26,7 @@ class StopRequest:
         self.received = signal.Signals(number)
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        text = f"\n{self.received.name}: stopping at the next step; a second one ends at once\n"
+        text = f"\n{self.received.name}: ending after this step; a second one ends at once\n"
         os.write(2, text.encode())  # print could be what was interrupted
 
     def close(self) -> None:
