@@ -180,6 +180,7 @@ class Run:
             "max_new_tokens": args.max_new_tokens,
             "tokens_per_step": args.max_new_tokens,
             "autoreset_mode": "Disabled",
+            **({"servers": args.servers} if args.servers else {}),
         }
         slots = math.ceil(args.eval_questions / self.accelerator.num_processes)
         try:
@@ -284,6 +285,7 @@ class Run:
             dtype=args.dtype,
             device=str(self.accelerator.device),
             seed=args.seed,
+            servers=args.servers,
         )
         self._stack.callback(self._engine.close)
         self._stack.callback(self._sampler.shutdown, cancel_futures=True)
