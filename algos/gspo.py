@@ -79,7 +79,9 @@ class Args:
     epochs: int = 1
     """passes over a rollout batch"""
     tis_cap: float | None = None
-    """cap of the importance weights from engine to trainer; by default 2 if --async-depth is 1"""
+    """cap of importance weights from engine to trainer; by default 5 if --async-depth is 1"""
+    tis_level: Literal["token", "sequence"] = "sequence"
+    """what has an importance weight: each token, or the whole response"""
     entropy_coef: float = 0.0
     """of the entropy bonus, the mean over tokens in nats"""
     micro_batch_tokens: int = 8192
@@ -249,7 +251,14 @@ def main(args: Args) -> None:
                     old = torch.where(micro.mask, micro.part(old_logprobs), logprobs.detach())
                     weighted = micro.part(advantages)  # (n,) or (n, k)
                     if args.tis_cap is not None:
-                        weighted = reweight(weighted, old, micro.sampling_logprobs, args.tis_cap)
+                        weighted = reweight(
+                            weighted,
+                            old,
+                            micro.sampling_logprobs,
+                            args.tis_cap,
+                            level=args.tis_level,
+                            mask=micro.mask,
+                        )
                     # --- shared update: end
                     loss, metrics = policy_loss(
                         logprobs,

@@ -12,6 +12,7 @@ gradients included. Linux only.
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ import click
 import record
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.progress import track
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -146,6 +148,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     ):
         for in_pieces, color in ((False, "C1"), (True, "C0")):
             own = [row for row in chosen if row["in_pieces"] == in_pieces]
+            own.sort(key=operator.itemgetter(key))
             x = [row[key] for row in own]
             axes.plot(x, [row["expected_mib"] for row in own], color=color)
             label = "logits in pieces" if in_pieces else "logits at once"
@@ -163,6 +166,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             x, y = [row["length"] for row in own], [row["peak_mib"] for row in own]
             of_trunk.plot(x, y, style, color="C0" if checkpointing else "C1", label=label)
     of_trunk.set_xlabel(f"tokens of each response, {TRUNK['layers']} layers of {TRUNK['hidden']}")
+    by_vocab.xaxis.set_major_formatter(EngFormatter())
     for axes in (by_length, by_vocab, of_trunk):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

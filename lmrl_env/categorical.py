@@ -49,7 +49,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         logprobs = _log_softmax(logits, temperature)
-        entropy = _entropy(logprobs, logprobs.exp()) if with_entropy else None
+        entropy = -logprobs.exp().mul_(logprobs).sum(-1) if with_entropy else None
         return logprobs.gather(-1, values[:, None])[:, 0], entropy
 
     @staticmethod
@@ -62,7 +62,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
         logprobs = _log_softmax(logits, ctx.temperature)
         gradient = logprobs.exp()
         if grad_entropy is not None:
-            entropy = _entropy(logprobs, gradient)
+            entropy = -(gradient * logprobs).sum(-1)
             factor = logprobs.add_(entropy[:, None]).mul_(grad_entropy[:, None])
             if grad_logprob is not None:
                 factor.add_(grad_logprob[:, None])
@@ -74,8 +74,3 @@ class _LogProbAndEntropy(torch.autograd.Function):
         if grad_logprob is not None:
             gradient.scatter_add_(-1, values[:, None], grad_logprob[:, None])
         return gradient.div_(ctx.temperature).to(logits.dtype), None, None, None
-
-
-def _entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
-    with torch.autocast(probs.device.type, enabled=False):
-        return -torch.einsum("tv,tv->t", probs, logprobs)  # no product of their size

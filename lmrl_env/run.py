@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ASYNC_TIS_CAP = 2.0
+ASYNC_TIS_CAP = 5.0
 """``--tis-cap`` where samples are one step old and no cap is given."""
 
 VERIFIER_ERRORS_WARNED_OF = 0.01

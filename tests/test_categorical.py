@@ -75,3 +75,13 @@ def test_bfloat16_is_computed_in_float32_and_has_a_gradient_of_its_own_kind():
     torch.testing.assert_close(got[1].double(), expected[1], rtol=0, atol=1e-5)
     (gradient,) = torch.autograd.grad(got[0].sum(), logits)
     assert gradient.dtype == torch.bfloat16
+
+
+def test_autocast_makes_neither_coarser():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    values = torch.tensor([1, 2, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = log_prob_and_entropy(logits, values, 1.0)
+    for x, expected in zip(got, composed(logits, values, 1.0), strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x.double(), expected, rtol=0, atol=1e-5)

@@ -286,7 +286,7 @@ def test_help_explains_every_flag():
 def test_one_batch_ahead_is_sampled_by_weights_of_one_step_before(tmp_path):
     logged = train(tmp_path / "run", steps=3, async_depth=1)
     assert [row["sampling/staleness"] for row in logged[1:]] == [0.0, 1.0, 1.0]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["tis_cap"] == 2.0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tis_cap"] == 5.0
     again = train(tmp_path / "again", steps=3, async_depth=1)
     assert timeless(again) == timeless(logged)
     assert logged[3]["mismatch/logprob_abs_mean"] > 1e-3  # samples of older weights
