@@ -62,8 +62,9 @@ def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def names_once(module: nn.Module) -> set[str]:
-    """Return the names of parameters and buffers, of those that are tied to each other one."""
-    return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    """Return the names of a module's state dict, of tensors that are tied to each other one."""
+    once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return once & module.state_dict().keys()
 
 
 def full_optimizer_state(
