@@ -7,6 +7,9 @@ a box, whose answer is right, wrong or a near miss (the mathematical cases of
 `tests/verifier_cases.jsonl`, and whole numbers, which are the larger part of the usual sets), and
 some without an answer. Math-Verify is called as its documentation says, with its own time limits.
 
+Where other jobs share the machine, two workers get more of it than one process: the processor time
+that each needs for a response tells how much of the ratio that is.
+
 The overhead is the share of a training step of the default job, the grading apart, that the run
 waits for verdicts: graded after the sampling, and with `--rollout-parts 4` beside it. It is a ratio
 within a step, so that it moves little with the machine's load. The verifier is the usual one, or
@@ -78,6 +81,13 @@ def math_verify_says(response: str, gold: str) -> bool:
     return verify(parse(f"${gold}$"), parse(response))
 
 
+def worker_seconds(grader: Grader) -> float:
+    """Return the processor time of a grader's workers so far."""
+    stats = (Path(f"/proc/{worker._process.pid}/stat").read_text() for worker in grader._pool)
+    fields = [stat.rpartition(")")[2].split() for stat in stats]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+
 def overhead_on_a_step(env: str, parts: int, steps: int) -> dict[str, float]:
     """Train for some steps, and return how long they wait for verdicts, as a share of the rest."""
     here = Path(__file__).parent
@@ -86,6 +96,7 @@ def overhead_on_a_step(env: str, parts: int, steps: int) -> dict[str, float]:
             [
                 *(sys.executable, here.parent / "algos" / "dr_grpo.py", "--env", env),
                 *("--rollout-parts", str(parts), "--steps", str(steps + 1), "--eval-every", "0"),
+                *("--eval-questions", "2"),
                 *("--run-dir", f"{folder}/run"),
             ],
             env={**os.environ, "PYTHONPATH": os.pathsep.join((str(here), *sys.path))},
@@ -108,6 +119,7 @@ def overhead_on_a_step(env: str, parts: int, steps: int) -> dict[str, float]:
 def main(responses: int, rounds: int, workers: int, steps: int) -> None:
     """Compare the speed and the agreement with the labels."""
     times: dict[str, list[float]] = {"grader": [], "math_verify": []}
+    processor: dict[str, list[float]] = {"grader": [], "math_verify": []}
     with Grader("boxed_math", workers=workers) as grader:
         warm_up = realistic_responses(50, seed=1)
         grader.grade(*zip(*warm_up, strict=True))
@@ -115,13 +127,15 @@ def main(responses: int, rounds: int, workers: int, steps: int) -> None:
             math_verify_says(*pair)
         for i in track(range(rounds), description="rounds"):
             pairs = realistic_responses(responses, seed=2 + i)  # no cache knows them yet
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             for pair in pairs:
                 math_verify_says(*pair)
             times["math_verify"].append(time.perf_counter() - started)
-            started = time.perf_counter()
+            processor["math_verify"].append(time.process_time() - used)
+            started, used = time.perf_counter(), time.process_time() + worker_seconds(grader)
             grader.grade(*zip(*pairs, strict=True))
             times["grader"].append(time.perf_counter() - started)
+            processor["grader"].append(time.process_time() + worker_seconds(grader) - used)
     cases = mathematical_cases()
     labels = [case["label"] == "correct" for case in cases]
     wrong: dict[str, dict[str, int]] = {}
@@ -151,6 +165,7 @@ def main(responses: int, rounds: int, workers: int, steps: int) -> None:
             "ratio": median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
+            "processor_ms_each": {k: 1000 * median(v) / responses for k, v in processor.items()},
             "load": os.getloadavg()[1],
             "overhead_on_a_training_step": overheads,
             "labelled_cases": len(cases),

@@ -226,6 +226,11 @@ def test_tests_of_another_form_are_refused(tests):
         code("```\nx\n```", "", question=Question("row", "?", "", {"tests": tests}))
 
 
+def test_a_test_that_is_no_python_is_refused_by_name():
+    with pytest.raises(ConfigurationError, match=r"\['assert f\(1'\] are no Python"):
+        code("```\nx\n```", "assert f(1")
+
+
 def test_code_without_tests_is_refused():
     with pytest.raises(ConfigurationError, match="no tests: expected a column 'tests'"):
         code("```\nx\n```", "")

@@ -10,6 +10,7 @@ import click
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _BEGINS_NUMBER = ("", *"0123456789+-–")
 
 
 def print_table(table: Table) -> None:
-    """Print a table to the standard output."""
+    """Print a table to the standard output; row by row, as text, where the columns do not fit."""
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PLAIN_WIDTH
@@ -31,10 +32,18 @@ def print_table(table: Table) -> None:
     )
     for i, heading in enumerate(table.headings):
         is_number = all(row[i][:1] in _BEGINS_NUMBER for row in table.rows)
-        shown.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+        shown.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)
     for row in table.rows:
         shown.add_row(*map(escape, row))
-    console.print(shown)
+    unlimited = console.options.update(max_width=10**6)
+    if Measurement.get(console, unlimited, shown).minimum <= console.width:
+        console.print(shown)
+    else:
+        console.print(table.title, style="italic", markup=False, highlight=False)
+        for row in table.rows:
+            cells = zip(table.headings[1:], row[1:], strict=True)
+            text = ", ".join(f"{heading} {cell}" for heading, cell in cells if cell)
+            console.print(f"{row[0]}: {text}", markup=False, highlight=False)
     for note in table.notes:
         console.print(note, style="dim", markup=False, highlight=False)
 

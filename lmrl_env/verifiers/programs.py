@@ -183,7 +183,13 @@ def _run_asserts(
     program: str, tests: list[tuple[int, str]], timeout: float, memory_limit: int
 ) -> Failure | None:
     """Run tests that are Python beside the program, and judge the values that they ask for."""
-    steps, checks = cut(tests, program)
+    try:
+        steps, checks = cut(tests, program)
+    except SyntaxError as error:
+        raise ConfigurationError(
+            f"the tests {[test for _, test in tests]} are no Python ({error}): expected statements "
+            "that raise if the program is wrong"
+        ) from error
     token = secrets.token_hex(16)  # the program cannot say that it passed before the tests begin
     setup = (token, [(step.mode, step.source) for step in steps])
     result = run_python(

@@ -112,11 +112,14 @@ def test_completion_offers_the_values(words, offered):
     assert [item.value for item in found] == offered
 
 
-def test_a_table_is_as_wide_as_columns_says_and_whole_in_a_file(monkeypatch):
+def test_a_table_is_whole_in_a_file_and_becomes_text_where_columns_says_it_is_narrow(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert "HuggingFaceH4/aime_2024" in lmrl("questions", "list").output
+    [row] = [line for line in lmrl("questions", "list").output.splitlines() if "aime24" in line]
+    assert row.split()[:3] == ["aime24", "HuggingFaceH4/aime_2024", "train"]
     monkeypatch.setenv("COLUMNS", "60")
-    assert max(map(len, lmrl("questions", "list").output.splitlines())) <= 60
+    text = lmrl("questions", "list").output
+    assert "aime24: hub id HuggingFaceH4/aime_2024, split train, licence" in text.replace("\n", " ")
+    assert max(map(len, text.splitlines())) <= 60
 
 
 # --- verify
