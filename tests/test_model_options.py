@@ -109,10 +109,16 @@ def test_a_model_that_cannot_do_without_its_activations_is_named(folder, monkeyp
         load_model(folder, gradient_checkpointing=True)
 
 
-def test_a_run_is_the_same_with_other_attention_and_recomputed_activations(tmp_path):
+def test_a_run_is_the_same_with_other_attention_and_recomputed_activations(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "lmrl_env.run.load_model", lambda *args, **kw: loaded.append(kw) or load_model(*args, **kw)
+    )
     options = {"attention": "eager", "gradient_checkpointing": True}
     expected = train("ppo", tmp_path / "packed", **RIGHT_AND_WRONG)
     found = train("ppo", tmp_path / "other", **RIGHT_AND_WRONG, **options)
+    assert len(loaded) == 4  # policy and critic of each
+    assert all(kwargs.items() >= options.items() for kwargs in loaded[2:])
     for row, other in zip(expected[1:], found[1:], strict=True):
         for key in ("policy/grad_norm", "policy/entropy", "critic/loss", "critic/grad_norm"):
             assert other[key] == pytest.approx(row[key], rel=1e-3) and row[key] > 0, key

@@ -16,6 +16,7 @@ import pytest
 import torch
 from padded_model import TOLERANCE, largest_gap
 
+from lmrl_env.adapters import add_adapters, merge_adapters
 from lmrl_env.errors import (
     ConfigurationError,
     EngineError,
@@ -71,6 +72,20 @@ def test_logprobs_follow_a_weight_update(engine, other_model, tokenizer, prompts
     assert largest_gap(other_model, tokenizer, prompts, after) < TOLERANCE
     assert {completion.version for completion in before} == {0}
     assert {completion.version for completion in after} == {7}
+
+
+def test_merged_adapters_are_weights_like_others(engine, model, tokenizer, prompts):
+    add_adapters(model, 4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    before = engine.generate(prompts, Sampling(24), 3, range(6))
+    assert largest_gap(model, tokenizer, prompts, before) > 100 * TOLERANCE
+    engine.update_weights(merge_adapters(model, model.state_dict().items()), 1)
+    after = engine.generate(prompts, Sampling(24), 3, range(6))
+    assert largest_gap(model, tokenizer, prompts, after) < TOLERANCE
 
 
 def test_a_weight_update_forgets_cached_prefixes(engine, other_model, tokenizer):
