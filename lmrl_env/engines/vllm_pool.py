@@ -143,11 +143,11 @@ class ServerPool:
             self._refusal = (
                 f"the sync to version {version} has failed: call update_weights with the right ones"
             )
-            reached = [server for server in self._servers if _is_reached(server)]
-            lost = self._sync.update([server.client for server in reached], named_tensors, version)
-            self._regain([server for server in reached if server.client not in lost])
+            clients = [server.client for server in self._servers]
+            lost = self._sync.update(clients, named_tensors, version)
+            self._regain([server for server in self._servers if server.client not in lost])
             self._refusal = None
-        for server in reached:
+        for server in self._servers:
             if server.client in lost:
                 self._lose(server, str(lost[server.client]))
 
@@ -231,15 +231,3 @@ class ServerPool:
             for server in servers:
                 server.problem = None
             self._changed.notify_all()
-
-
-def _is_reached(server: _Server) -> bool:
-    """Return whether a server can be reached now, if it could not be before."""
-    if server.problem is None:
-        return True
-    try:
-        server.client.weight_stamp()
-    except ServerLost as error:
-        logger.warning("%s; it is left out of the sync", error)
-        return False
-    return True

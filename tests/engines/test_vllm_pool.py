@@ -95,6 +95,7 @@ def test_requests_go_to_the_server_that_has_the_fewest(fakes, connect):
     for fake in fakes:
         fake.may_answer.set()
     thread.join(5)
+    assert [server.outstanding for server in engine._pool._servers] == [0, 0]
 
 
 def test_a_request_holds_ids_seed_and_all_that_the_engine_in_process_asks_for(fakes, connect):
@@ -264,13 +265,15 @@ def test_weights_that_a_server_refuses_stop_the_run_with_the_figures(fakes, conn
     monkeypatch.setattr(vllm_transfer, "BUCKET_BYTES", 24)
     engine = connect()
     fakes[1].faults[PHASES[3]] = [lambda: (200, {}), fails(500, "no parameter named 'b'")]
+    named = [*TENSORS.items(), ("d", torch.ones(6)), ("e", torch.ones(6))]
     seen = []
-    tensors = ((seen.append(name) or name, tensor) for name, tensor in TENSORS.items())
+    tensors = ((seen.append(name) or name, tensor) for name, tensor in named)
     with pytest.raises(
-        WeightSyncError, match=rf"version 5, 1 tensors .*{fakes[1].url}.*no parameter named 'b'"
+        WeightSyncError,
+        match=rf"^weights of version 5, 1 tensors .*{fakes[1].url}.*no parameter named 'b'",
     ):
         engine.update_weights(tensors, 5)
-    assert seen == list(TENSORS)  # a gathering generator is collective: it is never left
+    assert seen == list("abcde")  # a gathering generator is collective: it is never left
     with pytest.raises(EngineError, match="version 5 has failed"):
         generate(engine)
     engine.update_weights(TENSORS.items(), 6)
