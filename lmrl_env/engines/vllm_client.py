@@ -128,6 +128,7 @@ class VllmClient:
         try:
             connection.connect()
             connection.sock.settimeout(seconds)
+            _notice_a_lost_machine(connection.sock)
             headers = {"Content-Type": "application/json", "Connection": "close"}
             with (in_flight or InFlight()).holding(connection.sock):
                 connection.request(method, self._prefix + path, body, headers)
@@ -179,6 +180,14 @@ class VllmClient:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((self.host, self.port))  # sends nothing
             return probe.getsockname()[0]
+
+
+def _notice_a_lost_machine(connection: socket.socket) -> None:
+    """End a connection whose other side has been silent for half a minute, even to the kernel."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _message(answer: bytes) -> str:

@@ -16,7 +16,7 @@ from lmrl_env.engines.vllm_client import (
     ServerRefused,
     VllmClient,
 )
-from lmrl_env.engines.vllm_sync import FIRST_STAMP, WeightSync
+from lmrl_env.engines.vllm_sync import WeightSync
 from lmrl_env.errors import ConfigurationError, EngineError
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 """Servers that may be lost under one request before the run stops."""
+
+ANSWER_SECONDS = 3600.0
+"""Longest wait for an answer to one request: a long response of a busy server takes its time."""
 
 
 class _Server:
@@ -53,7 +56,7 @@ class ServerPool:
     Args:
         clients: the servers.
         sync: replaces their weights.
-        deadline: seconds that one of them may take to answer, or all of them to come back.
+        deadline: seconds that all of them may be away.
     """
 
     def __init__(self, clients: Sequence[VllmClient], sync: WeightSync, deadline: float):
@@ -63,10 +66,15 @@ class ServerPool:
         self._changed = threading.Condition()  # guards outstanding and problem
         self._syncing = threading.Lock()  # held while a server's weights are replaced
         self._closed = threading.Event()
-        self._failed_sync: str | None = None
-        for server in self._servers:
-            if (stamp := server.client.weight_stamp()) != sync.stamp:
-                server.problem = f"{server.client} holds the weights {stamp!r} of an earlier run"
+        self._refusal: str | None = None
+        stamps = {server.client: server.client.weight_stamp() for server in self._servers}
+        if foreign := [
+            f"{client} {stamp!r}" for client, stamp in stamps.items() if stamp != sync.stamp
+        ]:
+            self._refusal = (
+                f"there are weights of an earlier run on {', '.join(foreign)}: expected "
+                f"{sync.stamp!r}, those of a start; call update_weights first, or start it anew"
+            )
 
     @property
     def stamp(self) -> str:
@@ -74,20 +82,14 @@ class ServerPool:
         return self._sync.stamp
 
     def check_weights(self) -> None:
-        """Refuse to sample after a failed sync, or before any sync from weights of an earlier run.
+        """Refuse to go on after a failed sync, or with weights of an earlier run.
 
         Raises:
             EngineError: if it is so, or the pool is closed.
         """
         self.check_open()
-        if self._failed_sync:
-            raise EngineError(f"{self._failed_sync}: call update_weights with the right weights")
-        problems = [server.problem for server in self._servers if server.problem]
-        if problems and self.stamp == FIRST_STAMP:
-            raise EngineError(
-                f"{'; '.join(problems)}: expected those that it was started with; call "
-                "update_weights first, or start it anew"
-            )
+        if self._refusal is not None:
+            raise EngineError(self._refusal)
 
     def ask(
         self, path: str, body: bytes, read: Callable[[VllmClient, Any], T], in_flight: InFlight
@@ -109,7 +111,7 @@ class ServerPool:
             server = self._acquire(in_flight)
             try:
                 answer = server.client.request(
-                    "POST", path, body, self._deadline, "answer a request", in_flight
+                    "POST", path, body, ANSWER_SECONDS, "answer a request", in_flight
                 )
                 return read(server.client, answer)
             except ServerLost as error:
@@ -138,18 +140,21 @@ class ServerPool:
             WeightSyncError: if a server refuses the weights.
         """
         with self._syncing:
-            self._failed_sync = f"the sync to version {version} has failed"
-            reached = [server for server in self._servers if _is_reached(server)]
-            lost = self._sync.update([server.client for server in reached], named_tensors, version)
-            self._regain([server for server in reached if server.client not in lost])
-            self._failed_sync = None
-        for server in reached:
+            self._refusal = (
+                f"the sync to version {version} has failed: call update_weights with the right ones"
+            )
+            clients = [server.client for server in self._servers]
+            lost = self._sync.update(clients, named_tensors, version)
+            self._regain([server for server in self._servers if server.client not in lost])
+            self._refusal = None
+        for server in self._servers:
             if server.client in lost:
                 self._lose(server, str(lost[server.client]))
 
     def expect_weights(self, stamp: str) -> None:
         """Take the servers to hold weights that another process has sent."""
         self._sync.stamp = stamp
+        self._refusal = None
         self._regain(self._servers)
 
     def close(self) -> None:
@@ -226,15 +231,3 @@ class ServerPool:
             for server in servers:
                 server.problem = None
             self._changed.notify_all()
-
-
-def _is_reached(server: _Server) -> bool:
-    """Return whether a server can be reached now, if it could not be before."""
-    if server.problem is None:
-        return True
-    try:
-        server.client.weight_stamp()
-    except ServerLost as error:
-        logger.warning("%s; it is left out of the sync", error)
-        return False
-    return True

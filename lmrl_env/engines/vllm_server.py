@@ -65,8 +65,8 @@ class VllmServerEngine:
             dtype: of their computation: ``float32``, ``bfloat16`` or ``float16``.
             max_model_len: tokens of a prompt and its response together that they must hold;
                 None takes what they do.
-            deadline: seconds that a server may take to start, to come back, to answer for a
-                response, or for a phase of a weight update.
+            deadline: seconds that a server may take to start or for a phase of a weight update,
+                and that all of them may be away.
 
         Raises:
             ConfigurationError: if there is no server, or one is not as it has to be.

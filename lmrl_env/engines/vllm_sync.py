@@ -47,12 +47,12 @@ class WeightSync:
         """Replace the weights of servers, all at once.
 
         Args:
-            servers: those that can be reached.
+            servers: all that are to sample from them.
             named_tensors: full tensors under the names of the Transformers model's state dict.
             version: of the weights.
 
         Returns:
-            The servers that were lost on the way, with what happened.
+            The servers that cannot be reached, with what happened.
 
         Raises:
             WeightSyncError: if a server refuses the weights or lets the time pass.

