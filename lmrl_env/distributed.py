@@ -110,8 +110,9 @@ def _check_launch(accelerator: Accelerator) -> None:
         if asked_for and accelerator.distributed_type != kind:
             raise ConfigurationError(
                 f"the launch asked for {name} and Accelerate runs "
-                f"{accelerator.distributed_type.value} on {accelerator.device}, where every rank would hold the whole model: sharding "
-                "needs one GPU a rank; launch with examples/accelerate/cpu_ranks.yaml or ddp.yaml"
+                f"{accelerator.distributed_type.value} on {accelerator.device}, where every rank "
+                "would hold the whole model: sharding needs one GPU a rank; launch with "
+                "examples/accelerate/cpu_ranks.yaml or ddp.yaml"
             )
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or accelerator.state.deepspeed_plugin
     for setting, expected in NEEDED_OF_PLUGINS.items():
