@@ -156,12 +156,16 @@ def make_sharding_accelerator(*args, **kwargs) -> Accelerator:
     accelerator = distributed.make_accelerator(*args, **kwargs)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
+    accelerator.state.fsdp_plugin = plugin
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    distributed.set_up_sharding(accelerator, 1.0)
     return accelerator
 
 
