@@ -27,6 +27,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
 
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout
@@ -39,7 +40,6 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 NEEDED_OF_PLUGINS = {
     "fsdp_version": 2,
     "cpu_ram_efficient_loading": False,
-    "zero3_init_flag": False,
 }
 """Settings of Accelerate's plugins that shard models."""
 
@@ -92,7 +92,8 @@ def make_accelerator(
 def set_up_sharding(accelerator: Accelerator, max_grad_norm: float) -> None:
     """Replace what Accelerate chooses for sharded modules, where they would train otherwise.
 
-    FSDP2 in bfloat16 would round log-probs and the sums of gradients to it.
+    FSDP2 in bfloat16 would round log-probs and the sums of gradients to it; DeepSpeed would let
+    Transformers load parts of models, which every rank checks before they are sharded.
 
     Args:
         accelerator: of this rank.
@@ -106,6 +107,7 @@ def set_up_sharding(accelerator: Accelerator, max_grad_norm: float) -> None:
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=1, gradient_clipping=max_grad_norm
         )
+        unset_hf_deepspeed_config()
 
 
 def _check_launch(accelerator: Accelerator) -> None:
