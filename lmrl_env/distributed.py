@@ -26,6 +26,8 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
 
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout
@@ -38,7 +40,6 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 NEEDED_OF_PLUGINS = {
     "fsdp_version": 2,
     "cpu_ram_efficient_loading": False,
-    "zero3_init_flag": False,
 }
 """Settings of Accelerate's plugins that shard models."""
 
@@ -84,11 +85,29 @@ def make_accelerator(
     )
     _check_launch(accelerator)
     begin_waiting(wait_limit)
+    set_up_sharding(accelerator, max_grad_norm)
+    return accelerator
+
+
+def set_up_sharding(accelerator: Accelerator, max_grad_norm: float) -> None:
+    """Replace what Accelerate chooses for sharded modules, where they would train otherwise.
+
+    FSDP2 in bfloat16 would round log-probs and the sums of gradients to it; DeepSpeed would let
+    Transformers load parts of models, which every rank checks before they are sharded.
+
+    Args:
+        accelerator: of this rank.
+        max_grad_norm: for DeepSpeed.
+    """
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=1, gradient_clipping=max_grad_norm
         )
-    return accelerator
+        unset_hf_deepspeed_config()
 
 
 def _check_launch(accelerator: Accelerator) -> None:

@@ -324,7 +324,15 @@ class Run:
             name: of its files.
             module: as ``prepare`` returned it.
             optimizer: as ``prepare`` returned it.
+
+        Raises:
+            ConfigurationError: under DeepSpeed, whose engine trains one module.
         """
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            raise ConfigurationError(
+                f"a {name} beside the policy: DeepSpeed's engine trains one module; launch with "
+                "examples/accelerate/fsdp2.yaml or ddp.yaml"
+            )
         self._others[name] = module, optimizer
         if self.checkpoint is not None:
             folder = self.checkpoint / TRAINER

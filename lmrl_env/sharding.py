@@ -7,7 +7,7 @@ ZeRO-3. What is whole already is returned as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from lmrl_env.waiting import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+ZERO3_STATE = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, besides the count of its steps."""
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -68,37 +71,63 @@ def names_once(module: nn.Module) -> set[str]:
 
 
 def full_optimizer_state(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Return an optimiser's state, whole and on the CPU, on the first rank; every rank calls.
 
     Args:
         accelerator: of this rank.
+        policy: that it optimises, as ``prepare`` returned it.
         optimizer: as ``prepare`` returned it.
 
     Returns:
-        Tensors by ``"INDEX.NAME"``, the parameter's place in the optimiser and the state's name;
-        nothing on the other ranks.
+        Tensors by ``"INDEX.NAME"``, the place among the parameters that are trained and the
+        state's name; nothing on the other ranks.
     """
     state = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for name, value in entry.items():
-            whole = full_tensor(value)
-            if accelerator.is_main_process:
-                state[f"{index}.{name}"] = whole.cpu().contiguous()
+    for key, value in _state_entries(policy, optimizer):
+        whole = full_tensor(value)
+        if accelerator.is_main_process:
+            state[key] = whole.cpu().contiguous()
     return state
 
 
+def _state_entries(
+    policy: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    if not _is_zero3(policy):
+        for index, entry in optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                yield f"{index}.{name}", value
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    for i, parameter in enumerate(_trained(policy)):
+        yield f"{i}.step", torch.as_tensor(_zero3_entries(optimizer)[0]["step"])
+        for name in ZERO3_STATE:
+            yield f"{i}.{name}", safe_get_full_optimizer_state(parameter, name)
+
+
 def load_full_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
+    policy: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
 ) -> None:
     """Put an optimiser's state back, its hyper-parameters left as they are.
 
     Args:
+        policy: that it optimises, as ``prepare`` returned it.
         optimizer: as ``prepare`` returned it; how its module is sharded may have changed.
         state: as ``full_optimizer_state`` returned it, on every rank.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _trained(policy)
+    if _is_zero3(policy):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for i, parameter in enumerate(parameters):
+            for name in ZERO3_STATE:
+                safe_set_full_optimizer_state(parameter, state[f"{i}.{name}"], name)
+        for entry in _zero3_entries(optimizer):
+            entry["step"] = state["0.step"].clone()
+        return
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
         index, name = key.split(".", 1)
@@ -108,6 +137,19 @@ def load_full_optimizer_state(
         entries.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _trained(policy: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def _is_zero3(policy: nn.Module) -> bool:
+    return hasattr(next(policy.parameters()), "ds_id")
+
+
+def _zero3_entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the entries of the AdamW under DeepSpeed's and Accelerate's wrappers."""
+    return list(optimizer.optimizer.optimizer.state.values())  # type: ignore[attr-defined]
 
 
 def _part_like(own: Tensor, whole: Tensor) -> Tensor:

@@ -156,12 +156,16 @@ def make_sharding_accelerator(*args, **kwargs) -> Accelerator:
     accelerator = distributed.make_accelerator(*args, **kwargs)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
+    accelerator.state.fsdp_plugin = plugin
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    distributed.set_up_sharding(accelerator, 1.0)
     return accelerator
 
 
@@ -247,11 +251,11 @@ def compare_fully_sharded(folder: Path) -> None:
             each.zero_grad()
     differences = result["differences"]
     differences["weights"] = difference(whole.state_dict(), dict(full_tensors(sharded)))
-    state = full_optimizer_state(accelerator, optimizer)
+    state = full_optimizer_state(accelerator, sharded, optimizer)
     differences["other ranks' state"] = len(state) if rank else 0
     box = [state]
     dist.broadcast_object_list(box)
-    expected = full_optimizer_state(SimpleNamespace(is_main_process=True), whole_optimizer)
+    expected = full_optimizer_state(SimpleNamespace(is_main_process=True), whole, whole_optimizer)
     differences["optimizer"] = difference(expected, box[0])
 
     _, (other, other_optimizer) = whole_and_sharded()
@@ -259,7 +263,7 @@ def compare_fully_sharded(folder: Path) -> None:
     load_full_tensors(other, weights)
     differences["weights of 0"] = difference(weights, dict(full_tensors(other)))
     load_full_tensors(other, whole.state_dict())
-    load_full_optimizer_state(other_optimizer, box[0])
+    load_full_optimizer_state(other, other_optimizer, box[0])
     add_gradients(whole, list(range(ranks)), 9)
     add_gradients(other, [rank], 9)
     for each in (whole_optimizer, other_optimizer):
