@@ -24,7 +24,7 @@ from lmrl_env.batches import micro_batch_rows
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.manifest import most_micro_batches, questions_hash
 from lmrl_env.model_size import model_size, training_memory, weights_fingerprint
-from lmrl_env.normaliser import normaliser
+from lmrl_env.normaliser import follows_contract, normaliser
 from lmrl_env.policy import Policy, TokenBatch, load_model
 from lmrl_env.questions import load_questions
 from lmrl_env.settings import check_settings
@@ -118,6 +118,13 @@ def test_the_normaliser_is_that_of_the_loss(name):
     }
     (counts,) = [counts for names, counts in expected.items() if name in names]
     assert normaliser(ALGORITHMS[name].policy_loss) == counts
+
+
+def test_losses_of_another_shape_are_not_asked():
+    assert follows_contract(ALGORITHMS["grpo"].policy_loss)
+    assert not follows_contract(None)
+    assert not follows_contract(lambda logprobs, mask: None)
+    assert not follows_contract(lambda a, b, c, d, e, needed: None)
 
 
 lengths = st.integers(1, 5).flatmap(
