@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -20,7 +20,7 @@ WORDS = {
 """What ``normaliser`` returns, for people."""
 
 
-def follows_contract(policy_loss: Callable[..., Any] | None) -> bool:
+def follows_contract(policy_loss: Callable[..., Any] | None) -> TypeGuard[Callable[..., Any]]:
     """Return whether a loss can be called with log-probs, advantages, mask and totals alone."""
     if policy_loss is None:
         return False
