@@ -19,6 +19,9 @@ from lmrl_env.types import Question
 from lmrl_env.verifiers import Status, Verdict, Verifier, verdict_at_once
 from lmrl_env.verifiers.paths import verifier_path
 
+LOST_STARTS = 8
+"""Workers in a row that may be killed from outside before they are ready."""
+
 _LONGEST_CHUNK = 32
 _LARGEST_CHUNK = 1 << 16
 """Bytes of items sent together: to read the next ones would count against a heavy first one."""
@@ -31,7 +34,8 @@ class Grader:
     kernel enforces it: a verdict does not depend on how busy the machine is. A verifier that
     waits instead of computing is stopped after ten times as many seconds of wall clock. Either
     gives the status ``timeout``. An exception, or a worker that dies, gives ``crash`` for that
-    item alone. A stopped worker is replaced; its start, and the ``warm_up()`` of the verifier's
+    item alone; after a SIGKILL, as the system sends where memory runs out, another worker tries
+    it once more. A stopped worker is replaced; its start, and the ``warm_up()`` of the verifier's
     module where there is one, count against no item. What a look can settle, such as a response
     without an answer, is settled without a worker (``verifiers.verdict_at_once``).
 
@@ -169,6 +173,8 @@ class Grader:
         """Deal the items out to the workers, and replace the workers that fail."""
         verdicts: dict[int, Verdict] = {}
         todo = deque(items)
+        tried_again: set[int] = set()
+        lost_starts = 0
         while len(verdicts) < len(items):
             for worker in self._pool:
                 if worker.ready and not worker.items and todo:
@@ -176,10 +182,23 @@ class Grader:
             wait(self._pool)
             for worker in list(self._pool):
                 verdicts.update(worker.receive())
+                lost_starts = 0 if worker.ready else lost_starts
                 if worker.ended or time.monotonic() > worker.deadline:
                     self._pool.remove(worker)
-                    verdicts.update(worker.bury())
+                    failed = worker.bury()
                     todo.extendleft(reversed(worker.items))
+                    if worker.was_killed and not tried_again.issuperset(failed):
+                        tried_again.update(failed)
+                        todo.extendleft(failed)
+                    else:
+                        verdicts.update(failed)
+                    lost_starts += not worker.ready
+                    if lost_starts > LOST_STARTS:
+                        raise GradingError(
+                            f"{lost_starts} workers for the verifier {self.verifier} in a row were "
+                            "killed before they were ready: expected one to start; is memory "
+                            "running out, or a process killing them?"
+                        )
             self._fill_pool()
         return verdicts
 

@@ -51,7 +51,7 @@ class WorkerProcess:
         self.deadline = time.monotonic() + _START_SECONDS
         self.ready = False
         self.ended = False
-        self._start_error = "it said nothing"
+        self._start_error: str | None = None
         self._transfer_seconds = 0.0
         setup = {"verifier": verifier, "timeout": timeout, "memory_limit": memory_limit}
         self._outgoing = bytearray(encode_line(setup))
@@ -82,6 +82,12 @@ class WorkerProcess:
     def alive(self) -> bool:
         """Whether the process is running."""
         return self._process.poll() is None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a SIGKILL ended it that was not its parent's."""
+        said_why = self._start_error is not None
+        return self.ended and not said_why and self._process.returncode == -signal.SIGKILL
 
     def send(self, chunk: dict[int, bytes]) -> None:
         """Give it items to work at, by index."""
@@ -152,14 +158,15 @@ class WorkerProcess:
         """Stop a worker that failed, and return the verdict on the item that it failed at.
 
         Raises:
-            GradingError: if it failed before it was ready.
+            GradingError: if it failed before it was ready, unless it was killed from outside.
         """
         self.stop()
         code = self._process.returncode
         status: Status
-        if not self.ready:
+        if not self.ready and not self.was_killed:
             raise GradingError(
-                f"a worker for the verifier {self._verifier} did not start: {self._start_error} "
+                f"a worker for the verifier {self._verifier} did not start: "
+                f"{self._start_error or 'it said nothing'} "
                 f"(exit status {code}). Check that 'import {self._verifier.partition(':')[0]}' "
                 "works in a new Python process, and within the memory limit"
             )

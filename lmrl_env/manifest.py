@@ -21,7 +21,7 @@ from lmrl_env.model_size import (
     vllm_memory,
     weights_fingerprint,
 )
-from lmrl_env.normaliser import normaliser
+from lmrl_env.normaliser import follows_contract, normaliser
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import QuestionSet
 from lmrl_env.registration import resolve_engine
@@ -109,7 +109,7 @@ def _optimizer_step(args: Any, plan: BatchPlan, longest_prompt: int) -> dict[str
             args.max_new_tokens,
             args.micro_batch_tokens,
         ),
-        "normaliser": None if policy_loss is None else normaliser(policy_loss),
+        "normaliser": normaliser(policy_loss) if follows_contract(policy_loss) else None,
     }
 
 

@@ -64,7 +64,7 @@ def _sections(manifest: Mapping[str, Any]) -> dict[str, list[str] | Table]:
 def _normaliser_lines(update: Mapping[str, Any], max_new_tokens: int) -> list[str]:
     names = update["normaliser"]
     if names is None:
-        return ["loss: unknown, since the program's module has no policy_loss"]
+        return ["loss: unknown, since the program has no policy_loss as algos/ do"]
     words = " × ".join(WORDS[name] for name in names)
     numbers = in_numbers(names, responses=update["responses"], max_new_tokens=max_new_tokens)
     return [f"loss: sum over tokens / ({words})", f"      {numbers}"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -17,6 +18,14 @@ WORDS = {
     "length": "length of the response",
 }
 """What ``normaliser`` returns, for people."""
+
+
+def follows_contract(policy_loss: Callable[..., Any] | None) -> TypeGuard[Callable[..., Any]]:
+    """Return whether a loss can be called with log-probs, advantages, mask and totals alone."""
+    if policy_loss is None:
+        return False
+    parameters = list(inspect.signature(policy_loss).parameters.values())
+    return len(parameters) >= 5 and all(p.default is not p.empty for p in parameters[5:])
 
 
 def normaliser(policy_loss: Callable[..., Any]) -> list[str]:

@@ -24,6 +24,8 @@ def scripted(response, answer, *, question=None):
         ctypes.string_at(0)
     elif command == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif command == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif command == "hog":
         return Verdict(1.0, "correct", str(len(bytearray(int(argument)))))
     elif command == "raise":

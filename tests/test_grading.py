@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.grading import Grader, shared_grader, verifier_path
+from lmrl_env.grading_process import WorkerProcess
 from lmrl_env.types import Question
 from lmrl_env.verifiers import Verdict, answer_tag_math, boxed_math
 
@@ -131,6 +132,53 @@ def test_a_worker_killed_between_batches_is_replaced(grader):
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
     assert grader.grade(["ok"] * 4, ["ok"] * 4) == [OK] * 4
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Return a function that has the next workers killed by SIGKILL at a method's end."""
+    left = {}
+
+    def kill(method, count):
+        original = getattr(WorkerProcess, method)
+        left[method] = count
+
+        def killing(self, *args):
+            original(self, *args)
+            if left[method]:
+                left[method] -= 1
+                os.kill(self._process.pid, signal.SIGKILL)
+
+        monkeypatch.setattr(WorkerProcess, method, killing)
+        return left
+
+    return kill
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_that_are_killed_in_mid_batch_cost_no_verdict(killed, count):
+    responses = ["busy 0.05", *map(str, range(40))]
+    with Grader(SCRIPTED, workers=2) as grader:
+        while not all(worker.ready for worker in grader._pool) or not grader._pool:
+            grader.grade(["busy 0.05"] * 4, ["ok"] * 4)
+        left = killed("send", count)
+        verdicts = grader.grade(responses, responses)
+        assert not left["send"]
+    assert [v.status for v in verdicts] == ["correct"] * 41
+
+
+def test_an_item_that_kills_every_worker_is_a_crash_and_the_others_are_spared(grader):
+    assert grade_one(grader, "kill") == (0.0, "crash", None, "the worker died: SIGKILL")
+
+
+def test_workers_that_are_killed_before_they_are_ready_are_replaced_but_not_for_ever(killed):
+    killed("__init__", 3)
+    with Grader(SCRIPTED, workers=2) as grader:
+        assert grader.grade(["ok"], ["ok"]) == [OK]
+    killed("__init__", 1000)
+    refused = pytest.raises(GradingError, match="in a row were killed before they were ready")
+    with Grader(SCRIPTED, workers=2) as grader, refused:
+        grader.grade(["ok"], ["ok"])
 
 
 def test_an_interrupted_batch_leaves_nothing_for_the_next(grader):

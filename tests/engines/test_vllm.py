@@ -204,6 +204,20 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(engine, prompts, monkey
     assert [c.token_ids.tolist() for c in completions] == [c.token_ids.tolist() for c in expected]
 
 
+def test_an_engine_that_dies_in_mid_sampling_says_so_and_what_to_do(engine, prompts, monkeypatch):
+    def die():
+        raise RuntimeError("the core is gone")
+
+    core = engine._llm.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "step", die)
+        words = r"died while it sampled 2 responses \(RuntimeError: the core is gone\).*--resume"
+        with pytest.raises(EngineError, match=words):
+            engine.generate(prompts[:1], Sampling(4), 2, [1, 2])
+    core.abort_request(list(core.output_processor.request_states), internal=True)
+    assert len(engine.generate(prompts[:1], Sampling(4), 2, [1, 2])) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
