@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from test_run import ENVIRONMENT, ROOT, SMALL, rows, timeless
 from algos.dr_grpo import Args, main
 from lmrl_env.errors import ConfigurationError, RunFolderError
 from lmrl_env.resumption import Resumption
+from lmrl_env.run_folder import RunFolder
 
 STEPS = 4
 SETTINGS = {
@@ -266,16 +268,19 @@ def test_wandb_goes_on_with_the_run_of_the_same_id(finished, tmp_path, monkeypat
 
 def test_a_run_in_use_is_refused(finished, tmp_path):
     folder = copy(finished, tmp_path)
+    (folder / ".lock").unlink()
     holder = os.fork()
     if holder == 0:
-        from lmrl_env.run_folder import RunFolder
-
-        RunFolder(folder).lock()
+        held = RunFolder(folder)
+        held.lock()
+        (folder / "locked").touch()
         signal.pause()
-    while "process" not in (folder / ".lock").read_text().replace(str(os.getpid()), ""):
-        os.sched_yield()
+    deadline = time.monotonic() + 60
+    while not (folder / "locked").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     try:
-        with pytest.raises(RunFolderError, match="is in use by process"):
+        with pytest.raises(RunFolderError, match=f"is in use by process {holder} on"):
             train(folder)
     finally:
         os.kill(holder, signal.SIGKILL)
