@@ -61,8 +61,8 @@ def final(folder):
     return checkpoint.read_text(), timeless(rows(folder)), (folder / "samples.jsonl").read_text()
 
 
-def signal_within(place: str, call: int, numbers: list[int]) -> None:
-    """Make a function send signals to its own process in a certain call, when it is half done."""
+def signal_within(place: str, call: int, number: int) -> None:
+    """Make a function send a signal to its own process at the end of a certain call."""
     module, name = place.split(":")
     owner = importlib.import_module(module)
     *path, name = name.split(".")
@@ -73,28 +73,27 @@ def signal_within(place: str, call: int, numbers: list[int]) -> None:
     def function(*args, **kwargs):
         result = real(*args, **kwargs)
         if next(calls) == call:
-            for number in numbers:
-                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
         return result
 
     setattr(owner, name, function)
 
 
-def train_until_signalled(place, call, numbers, folder, output, kwargs):
+def train_until_signalled(place, call, number, folder, output, kwargs):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     importlib.import_module("lmrl_env.run").plot_curves = lambda *args: None
-    signal_within(place, call, numbers)
+    signal_within(place, call, number)
     train(Path(folder), **kwargs)
 
 
-def child(place, call, numbers, folder, **kwargs):
+def child(place, call, number, folder, **kwargs):
     """Train in a process of its own until it is signalled; return exit status and output."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["algos.dr_grpo", "test_resume"])
     output = folder.with_suffix(".txt")
-    arguments = (place, call, numbers, str(folder), str(output), kwargs)
+    arguments = (place, call, number, str(folder), str(output), kwargs)
     process = context.Process(target=train_until_signalled, args=arguments)
     process.start()
     process.join(120)
@@ -113,7 +112,7 @@ KILLS = {  # benchmarks/kill_matrix.py tries random moments
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(finished, tmp_path, moment):
     folder = tmp_path / "run"
-    status, output = child(*KILLS[moment], [signal.SIGKILL], folder)
+    status, output = child(*KILLS[moment], signal.SIGKILL, folder)
     assert status == -signal.SIGKILL, output
     train(folder)
     assert final(folder) == final(finished)
@@ -132,20 +131,13 @@ STOPS = {
 def test_sigterm_ends_a_run_with_its_work_saved(finished, tmp_path, moment):
     folder = tmp_path / "run"
     place, call, step = STOPS[moment]
-    status, output = child(place, call, [signal.SIGTERM], folder, checkpoint_every=2)
+    status, output = child(place, call, signal.SIGTERM, folder, checkpoint_every=2)
     assert status == 0 and "Traceback" not in output
     assert "SIGTERM: ending after this step" in output and f"--resume {folder}" in output
     assert max((row["step"] for row in rows(folder)), default=0) == step
     assert step == 0 or (folder / "checkpoints" / f"step-{step}").is_dir()
     train(folder, checkpoint_every=2)
     assert final(folder) == final(finished)
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_at_once(tmp_path):
-    numbers = [signal.SIGTERM, signal.SIGTERM]
-    status, _ = child("lmrl_env.run:load_model", 1, numbers, tmp_path / "run")
-    assert status == -signal.SIGTERM
 
 
 def back_to(folder, step):
