@@ -223,16 +223,19 @@ def test_a_second_process_is_kept_out_of_the_folder_of_a_run(tmp_path):
 def test_the_lock_of_a_process_that_was_killed_is_open(tmp_path):
     child = os.fork()
     if child == 0:
-        RunFolder(tmp_path / "run").lock()
+        held = RunFolder(tmp_path / "run")
+        held.lock()
         (tmp_path / "locked").touch()
-        time.sleep(60)
+        signal.pause()
     deadline = time.monotonic() + 30
     while not (tmp_path / "locked").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(RunFolderError, match=f"in use by process {child} on"):
+        folder.lock()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    folder = RunFolder(tmp_path / "run")
     folder.lock()
     folder.unlock()
 
