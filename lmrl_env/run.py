@@ -313,7 +313,7 @@ class Run:
         """
         if self.checkpoint is not None:
             file = self.checkpoint / TRAINER / OPTIMIZER_FILE
-            restore_optimizer(file, self.accelerator, policy, optimizer)
+            restore_optimizer(file, policy, optimizer)
 
     def add(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Make a further module and its optimiser, a critic say, part of the checkpoints.

@@ -74,10 +74,12 @@ class TrainingState(NamedTuple):
             others: further modules under training, by name.
             ahead: of this rank.
         """
-        tensors = {OPTIMIZER_FILE: full_optimizer_state(accelerator, policy[1])}
+        tensors = {OPTIMIZER_FILE: full_optimizer_state(accelerator, *policy)}
         for name, (module, optimizer) in others.items():
             tensors[f"{name}.safetensors"] = _module_tensors(accelerator, module)
-            tensors[f"{name}_{OPTIMIZER_FILE}"] = full_optimizer_state(accelerator, optimizer)
+            tensors[f"{name}_{OPTIMIZER_FILE}"] = full_optimizer_state(
+                accelerator, module, optimizer
+            )
         ranks = {k: all_gather(accelerator, v[None]).cpu() for k, v in random_states().items()}
         tensors[RANDOM_FILE] = ranks  # (ranks, size of a state) each
         if ahead is not None:
@@ -150,9 +152,7 @@ def restore_random_states(folder: Path, rank: int) -> None:
         set_random_states({name: state[rank] for name, state in states.items()})
 
 
-def restore_optimizer(
-    file: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore_optimizer(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put an optimiser's state back, its hyper-parameters left as they are.
 
     Raises:
@@ -161,12 +161,14 @@ def restore_optimizer(
     state = load_file(file)
     found = len({key.partition(".")[0] for key in state})
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and found != count:
+    if not state:  # no step was taken before
+        return
+    if found != count:
         raise ModelError(
             f"{file} holds the state of {found} parameters, expected {count}: resume with the "
             "--model of the run"
         )
-    load_full_optimizer_state(optimizer, state)
+    load_full_optimizer_state(module, optimizer, state)
 
 
 def restore_other(
@@ -189,7 +191,7 @@ def restore_other(
             f"{file} does not hold the {name} of this run ({error}): resume with the algorithm "
             "and the --model that wrote it"
         ) from error
-    restore_optimizer(folder / f"{name}_{OPTIMIZER_FILE}", accelerator, module, optimizer)
+    restore_optimizer(folder / f"{name}_{OPTIMIZER_FILE}", module, optimizer)
 
 
 def _module_tensors(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
