@@ -246,9 +246,9 @@ class BatchPlan:
         before, self.max_tokens = self.max_tokens, max(longest, int(everywhere[:, 1].min()))
         memory.release()
         self.report(
-            "out of memory in a micro-batch",
-            f"they have at most {self.max_tokens} tokens instead of {before} from now on, and the "
-            f"same gradient; --micro-batch-tokens {self.max_tokens} says so from the start",
+            f"out of memory in a micro-batch of at most {before} tokens",
+            f"they have at most {self.max_tokens} from now on, and the same gradient; "
+            f"--micro-batch-tokens {self.max_tokens} says so from the start",
             batch,
             {},
         )

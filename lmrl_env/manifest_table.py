@@ -40,8 +40,8 @@ def _sections(manifest: Mapping[str, Any]) -> dict[str, list[str] | Table]:
         "optimiser step": [
             f"{update['responses']:,} responses to {update['questions']:,} questions, at most "
             f"{update['response_tokens_at_most']:,} tokens",
-            f"at most {update['micro_batches_of_a_rank_at_most']:,} micro-batches a rank, of up to "
-            f"{update['micro_batch_tokens']:,} tokens",
+            f"micro-batches of up to {update['micro_batch_tokens']:,} tokens, at most "
+            f"{update['micro_batches_of_a_rank_at_most']:,} a rank",
             *_normaliser_lines(update, step["max_new_tokens"]),
         ],
         "run": [

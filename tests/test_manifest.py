@@ -269,6 +269,17 @@ def test_a_rows_own_micro_batch_is_said(tmp_path, capsys):
     assert re.search(r"\d+ \+ 64 = \d+ tokens, more than --micro-batch-tokens 100", said)
 
 
+def test_a_set_smaller_than_a_step_goes_round(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lmrl_env.run.plot_curves", lambda *args: None)
+    questions = tmp_path / "two.jsonl"
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logged = train(tmp_path / "run", steps=1, questions=str(questions), prompts_per_step=5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a step asks the 2 questions 2.5 times: the set goes round" in said
+    assert logged[1]["step"] == 1 and logged[0]["eval/questions"] == 1
+
+
 # --- settings
 
 
