@@ -176,7 +176,8 @@ def micro_step(accelerator: Accelerator, policy: nn.Module, last: bool) -> Itera
     Whole modules exchange gradients once an optimiser step, with its last micro-batch. Sharded
     ones do so in every micro-batch, lest a rank hold whole gradients.
     """
-    accelerator.sync_gradients = last  # DeepSpeed's engine takes its step with the last one
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.sync_gradients = last  # the engine takes its step with the last one
     with waiting(accelerator.device):
         if last or is_sharded(accelerator):
             yield
