@@ -9,6 +9,7 @@ shards by FSDP2, on two ranks. Writes `results/ranks.json`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,8 @@ def train(folder: Path, ranks: int, jobs: list[str]) -> None:
     """Train on a number of ranks what does not stand in the folder yet."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not (folder / f"{job}.safetensors").exists()]
+    for job in missing:
+        shutil.rmtree(folder / f"run-{job}", ignore_errors=True)  # cut off
     if missing:
         launch(ranks, str(folder), *missing, timeout=3600)
 

@@ -83,7 +83,7 @@ def make_accelerator(
         project_dir=run_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    _check_launch(accelerator)
+    check_launch(accelerator)
     begin_waiting(wait_limit)
     set_up_sharding(accelerator, max_grad_norm)
     return accelerator
@@ -110,8 +110,12 @@ def set_up_sharding(accelerator: Accelerator, max_grad_norm: float) -> None:
         unset_hf_deepspeed_config()
 
 
-def _check_launch(accelerator: Accelerator) -> None:
-    """Refuse ranks or sharding that were asked for and did not come."""
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse ranks or sharding that were asked for and did not come.
+
+    Raises:
+        ConfigurationError: that says what was asked for, what came, and what to do.
+    """
     environment, ranks = os.environ, accelerator.num_processes
     asked = max(int(environment.get(name, 1)) for name in WORLD_SIZES)
     # This launcher starts one process, and tells it of further ones by an address alone.
@@ -172,7 +176,8 @@ def micro_step(accelerator: Accelerator, policy: nn.Module, last: bool) -> Itera
     Whole modules exchange gradients once an optimiser step, with its last micro-batch. Sharded
     ones do so in every micro-batch, lest a rank hold whole gradients.
     """
-    accelerator.sync_gradients = last  # DeepSpeed's engine takes its step with the last one
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.sync_gradients = last  # the engine takes its step with the last one
     with waiting(accelerator.device):
         if last or is_sharded(accelerator):
             yield

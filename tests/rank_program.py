@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 2 tests/rank_program.py FOLDER JOBS
 
-A job is ``NAME,DTYPE,STEPS`` or ``NAME,DTYPE,STEPS,sharded``: what the first rank logged and the
-first update's gradient go into ``FOLDER/JOB.json`` and ``FOLDER/JOB.safetensors``. The job
-``fully_shard`` compares a sharded module with a whole one, for ``FOLDER/fully_shard.json``.
+A job is ``NAME,DTYPE,STEPS``, with ``,sharded`` for modules that Accelerate shards, or with
+``,oom`` for a last rank that runs out of memory once: what the first rank logged and the first
+update's gradient go into ``FOLDER/JOB.json`` and ``FOLDER/JOB.safetensors``. The job
+``fully_shard`` compares a sharded module with a whole one, for ``FOLDER/fully_shard.RANK.json``.
 """
 
 from __future__ import annotations
@@ -171,10 +172,11 @@ def make_sharding_accelerator(*args, **kwargs) -> Accelerator:
 
 def train(folder: Path, job: str) -> None:
     """Train as a job says."""
-    name, dtype, steps, *sharded = job.split(",")
+    name, dtype, steps, *options = job.split(",")
     torch.set_default_dtype(getattr(torch, dtype))
     run.load_model = load_float64 if dtype == "float64" else load_model
-    run.make_accelerator = make_sharding_accelerator if sharded else distributed.make_accelerator
+    sharding = "sharded" in options
+    run.make_accelerator = make_sharding_accelerator if sharding else distributed.make_accelerator
     gradient: dict[str, torch.Tensor] = {}
     world_sizes: list[int] = []
     parts: list[bool] = []
@@ -187,12 +189,20 @@ def train(folder: Path, job: str) -> None:
                 parts.append(isinstance(parameter, DTensor))
         return original(accelerator, module, max_norm)
 
+    def backward(accelerator, loss):
+        whole_backward(accelerator, loss)
+        if "oom" in options:
+            options.remove("oom")
+            if accelerator.process_index == accelerator.num_processes - 1:
+                raise torch.OutOfMemoryError("made up")
+
+    whole_backward, distributed.backward = distributed.backward, backward
     original, distributed.clip_grad_norm = distributed.clip_grad_norm, clip_grad_norm
     algorithm = importlib.import_module(f"algos.{name}")
     settings = {**SETTINGS, **OWN.get(name, {}), "steps": int(steps)}
     run_dir = folder / f"run-{job}"
     algorithm.main(algorithm.Args(**settings, run_dir=str(run_dir)))
-    distributed.clip_grad_norm = original
+    distributed.clip_grad_norm, distributed.backward = original, whole_backward
     if int(os.environ.get("RANK", 0)) == 0:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         result = {"world_sizes": sorted(set(world_sizes)), "sharded": any(parts), "rows": rows}

@@ -6,17 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from algos_files import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from test_batches import make_rollout
 
 from lmrl_env.batch_plan import BatchPlan
-from lmrl_env.distributed import all_sum
+from lmrl_env.distributed import all_sum, check_launch, set_up_sharding
 from lmrl_env.engines.local import LocalEngine
-from lmrl_env.errors import ConfigurationError, WeightSyncError
+from lmrl_env.errors import ConfigurationError, TrainingError, WeightSyncError
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.tokenizer import load_tokenizer
+from lmrl_env.updates import Updates
 from lmrl_env.weight_sync import sync_weights
 
 
@@ -127,3 +131,114 @@ def test_the_canary_stops_an_engine_whose_weights_are_stale(accelerator):
             max_new_tokens=8,
             dtype="float32",
         )
+
+
+# --- launches
+
+
+def launched(ranks: int = 1, kind: str = "NO", **plugin) -> SimpleNamespace:
+    """Return an accelerator as a launch may leave it."""
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(**plugin) if plugin else None, deepspeed_plugin=None
+    )
+    return SimpleNamespace(
+        num_processes=ranks, distributed_type=DistributedType(kind), device="cpu", state=state
+    )
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Return a function that sets the variables of a launch, and no others of the kind."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "came", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, {}, "asked for 4 or more processes and Accelerate runs 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, "asked for 2 or more processes"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "::1"}, {}, "asked for 2 or more processes"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {"kind": "MULTI_CPU"}, "FSDP and Accelerate runs MULTI"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED and Accelerate runs NO on cpu"),
+        ({}, {"kind": "FSDP", "fsdp_version": 1}, "sets fsdp_version to 1: expected 2"),
+        (
+            {},
+            {"kind": "FSDP", "cpu_ram_efficient_loading": True},
+            "sets cpu_ram_efficient_loading to True: expected False",
+        ),
+    ],
+)
+def test_a_launch_that_does_not_give_what_it_asks_for_is_refused(
+    variables, came, message, environment
+):
+    environment(**variables)
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        check_launch(launched(**came))
+
+
+@pytest.mark.parametrize(
+    ("variables", "came"),
+    [
+        ({}, {}),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "::1"}, {"ranks": 2, "kind": "MULTI_CPU"}),
+        ({"ACCELERATE_USE_CPU": "True"}, {}),
+        ({"ACCELERATE_USE_FSDP": "true"}, {"kind": "FSDP", "fsdp_version": 2}),
+    ],
+)
+def test_a_launch_that_gives_what_it_asks_for_is_accepted(variables, came, environment):
+    environment(**variables)
+    check_launch(launched(**came))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples/accelerate").glob("*.yaml")), ids=str)
+def test_launch_files_are_accelerates_and_name_their_own_command(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes >= 1
+    lines = file.read_text().splitlines()
+    comment = " ".join(line.strip("# \\") for line in lines if line.startswith("#"))
+    assert f"accelerate launch --config_file examples/accelerate/{file.name}" in comment
+    assert "algos/dr_grpo.py" in comment
+
+
+# --- sharded modules
+
+
+def test_fsdp2_in_bfloat16_rounds_neither_logprobs_nor_sums_of_gradients():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # why it is replaced
+    sharded = SimpleNamespace(
+        is_fsdp2=True,
+        mixed_precision="bf16",
+        distributed_type="FSDP",
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    set_up_sharding(sharded, 1.0)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.output_dtype is None
+
+
+def test_out_of_memory_in_a_sharded_module_stops_the_run_by_name():
+    sharded = SimpleNamespace(
+        num_processes=2,
+        process_index=0,
+        distributed_type="FSDP",
+        device=torch.device("cpu"),
+    )
+    plan = BatchPlan(sharded, questions=2, group_size=2, updates=1, epochs=1, max_tokens=77, seed=0)
+    updates = Updates(plan, torch.nn.Linear(1, 1), None, max_grad_norm=1.0)
+    micro = SimpleNamespace(last=False, mask=torch.ones(3, 4))
+    message = "out of memory in a micro-batch of 12 response tokens"
+    with (
+        pytest.raises(TrainingError, match=f"{message}.*--micro-batch-tokens 77"),
+        updates.micro_step(micro),
+    ):
+        raise torch.OutOfMemoryError
