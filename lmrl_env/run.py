@@ -119,6 +119,7 @@ class Run:
             max_tokens=args.micro_batch_tokens,
             seed=args.seed,
         )
+        self._stop_request = StopRequest()
         self._resumption = Resumption(
             self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
         )
@@ -134,7 +135,6 @@ class Run:
         self._others: dict[str, Trained] = {}
         self._sampler = ThreadPoolExecutor(1)
         self._next_batch: Future[Rollout] | None = None
-        self._stop_request = StopRequest()
 
     def load_model(self) -> PreTrainedModel:
         """Load the model to train: that of the checkpoint when the run is resumed."""
