@@ -40,11 +40,11 @@ def random_states() -> dict[str, Tensor]:
 
 def set_random_states(states: Mapping[str, Tensor]) -> None:
     """Put the generators back into the states that ``random_states`` returned."""
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(states["torch"].clone())  # it does not see the offset of a view
     *words, position, has_gauss, gauss = states["numpy"].tolist()
     keys = np.array(words, dtype=np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
     *python_words, has_python_gauss, python_gauss = states["python"].tolist()
     random.setstate((3, tuple(map(int, python_words)), python_gauss if has_python_gauss else None))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"].clone())

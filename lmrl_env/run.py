@@ -133,6 +133,7 @@ class Run:
             seed=args.seed,
             report=self._report_fault,
         )
+        self._stop_request = StopRequest()
         self._resumption = Resumption(
             self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
         )
@@ -149,7 +150,6 @@ class Run:
         self._others: dict[str, Trained] = {}
         self._sampler = ThreadPoolExecutor(1)
         self._next_batch: Future[Rollout] | None = None
-        self._stop_request = StopRequest()
 
     def load_model(self) -> PreTrainedModel:
         """Load the model to train: that of the checkpoint when the run is resumed."""
