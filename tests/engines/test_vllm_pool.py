@@ -293,10 +293,21 @@ def test_an_update_that_was_broken_off_is_ended_first(fakes, connect):
     assert [p for p in fakes[0].paths() if p in PHASES][2:5] == [PHASES[2], PHASES[4], PHASES[2]]
 
 
-def test_the_kept_weights_are_removed_with_the_engine(fakes, connect):
+def test_tied_weights_are_sent_under_both_names(fakes, connect):
+    connect(fakes[0].url).update_weights([*TENSORS.items(), ("tied", TENSORS["a"])], 1)
+    bodies = {path: body for path, body in fakes[0].log}
+    loaded = load(base64.b64decode(bodies["/update_weights"]["update_info"]["bucket"]))
+    assert torch.equal(loaded["tied"], TENSORS["a"]) and torch.equal(loaded["a"], TENSORS["a"])
+
+
+def test_only_the_last_weights_are_kept_and_none_without_the_engine(fakes, connect, monkeypatch):
     engine = connect()
-    engine.update_weights(TENSORS.items(), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_transfer, "BUCKET_BYTES", 24)
+        engine.update_weights(TENSORS.items(), 1)
     folder = engine._pool._sync._transfer._folder
+    assert len(list(folder.iterdir())) == 3
+    engine.update_weights(TENSORS.items(), 2)
     assert len(list(folder.iterdir())) == 1
     engine.close()
     assert not folder.exists()
