@@ -5,7 +5,6 @@ import re
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import BUDGET, prompt_table, token_envs
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import (
     ClipReward,
@@ -14,6 +13,7 @@ from gymnasium.wrappers.vector import (
     RecordEpisodeStatistics,
     TransformReward,
 )
+from small_envs import BUDGET, prompt_table, token_envs
 
 from lmrl_env.env import TokenVectorEnv
 from lmrl_env.templates import get_template

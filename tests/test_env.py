@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from conftest import BUDGET, token_envs
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_envs import BUDGET, token_envs
 
 from lmrl_env.env import NO_TOKEN
 from lmrl_env.errors import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import BUDGET, token_envs
 from episodes import EOS, TOKENIZER, ids
 from gymnasium.utils.env_checker import data_equivalence
+from small_envs import BUDGET, token_envs
 
 from lmrl_env.env import NO_TOKEN
 

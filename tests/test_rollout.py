@@ -6,9 +6,9 @@ import threading
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import token_envs
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import VectorWrapper
+from small_envs import token_envs
 from test_batches import make_rollout
 
 from lmrl_env.errors import ConfigurationError

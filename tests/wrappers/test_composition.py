@@ -7,12 +7,12 @@ import itertools
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import token_envs
 from episodes import EOS, ids, play
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers.vector import RecordEpisodeStatistics, TransformReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_envs import token_envs
 
 from lmrl_env.token_env import TokenEnv
 from lmrl_env.wrappers import (

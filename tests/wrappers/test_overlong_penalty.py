@@ -7,8 +7,8 @@ import re
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import BUDGET, token_envs
 from gymnasium.vector import VectorWrapper
+from small_envs import BUDGET, token_envs
 
 from lmrl_env.env import NO_TOKEN
 from lmrl_env.errors import ConfigurationError

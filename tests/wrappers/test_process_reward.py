@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import BUDGET, token_envs
 from episodes import EOS, ids, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_envs import BUDGET, token_envs
 
 from lmrl_env.env import NO_TOKEN
 from lmrl_env.errors import ConfigurationError

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from algos_files import ALGORITHMS, NAMES, each
-from conftest import token_envs
 from episodes import EOS, TOKENIZER, ids, play
 from gymnasium.utils.env_checker import data_equivalence
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_envs import token_envs
 
 from lmrl_env.batches import micro_batches
 from lmrl_env.env import NO_TOKEN

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from conftest import BUDGET, token_envs
 from episodes import EOS, TOKENIZER, ids, play
 from gymnasium.vector import VectorWrapper
+from small_envs import BUDGET, token_envs
 
 from lmrl_env.wrappers import DisagreementLog, LengthPenalty, RecordResponses, VerifierReward
 

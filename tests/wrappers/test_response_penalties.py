@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import token_envs
 from episodes import EOS, ids, play
+from small_envs import token_envs
 
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.wrappers import FormatReward, LengthPenalty, OutcomeReward, RepetitionPenalty
