@@ -293,7 +293,7 @@ TWO_RANKS = """
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator
-    from padded_model import TOLERANCE, largest_gap
+    from transformers import AutoModelForCausalLM
 
     from lmrl_env.engines.vllm import VllmEngine
     from lmrl_env.tokenizer import load_tokenizer
