@@ -61,7 +61,7 @@ def test_ten_steps_in_float64_agree_to_1e_5(trained):
 
 
 def test_different_runs_are_told_apart(trained):
-    gap = compare((trained(1), JOBS["dapo"]), (trained(1), JOBS["rloo"]))
+    gap = compare((trained(1), JOBS["dr_grpo"]), (trained(1), JOBS["lite_ppo"]))
     assert gap.gradient > 1e-2 and gap.metric > 1e-2
 
 
