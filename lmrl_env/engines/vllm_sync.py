@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmrl_env.engines.vllm_client import ServerLost, ServerRefused, VllmClient
@@ -70,8 +71,10 @@ class WeightSync:
         everywhere(self._start)
         for bucket in buckets(named_tensors):
             packed = self._transfer.pack(bucket)
-            everywhere(lambda server: self._transfer.send(server, packed, self._seconds))  # noqa: B023
+            everywhere(partial(self._transfer.send, packed=packed, seconds=self._seconds))
             sent += len(bucket)
+            bucket.clear()  # the tensors go before the next ones are gathered
+            del packed
         everywhere(self._finish)
         return lost
 

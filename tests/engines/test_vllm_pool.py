@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -203,6 +204,22 @@ def test_a_large_model_is_sent_in_buckets(fakes, connect, monkeypatch):
     connect().update_weights(TENSORS.items(), 1)
     sent = [body["update_info"]["bucket"] for path, body in fakes[1].log if path == PHASES[3]]
     assert [sorted(load(base64.b64decode(bucket))) for bucket in sent] == [["a"], ["b"], ["c"]]
+
+
+def test_a_sync_holds_one_bucket_of_the_gathered_tensors(fakes, connect, monkeypatch):
+    monkeypatch.setattr(vllm_transfer, "BUCKET_BYTES", 3 * 24)
+    held, most = weakref.WeakSet(), 0
+
+    def gathered():
+        nonlocal most
+        for i in range(12):
+            tensor = torch.full((6,), float(i))
+            held.add(tensor)
+            most = max(most, len(held))
+            yield f"{i}", tensor
+
+    connect().update_weights(gathered(), 1)
+    assert most == 3 + 1  # the fourth shows that the bucket is full
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=12), limit=st.integers(1, 20))
