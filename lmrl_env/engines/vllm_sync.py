@@ -110,8 +110,15 @@ class WeightSync:
         except ServerRefused as error:
             if "already active" not in str(error):
                 raise
-            server.post("/finish_weight_update", {}, self._seconds, "end a broken-off update")
+            self._end_broken_update(server)
             server.post("/start_weight_update", {}, self._seconds, "start an update")
+
+    def _end_broken_update(self, server: VllmClient) -> None:
+        phase = "end a broken-off update"
+        try:
+            server.post("/finish_weight_update", {}, self._seconds, phase)
+        except ServerRefused:  # it tells what did not arrive, and ends if asked again
+            server.post("/finish_weight_update", {}, self._seconds, phase)
 
     def _finish(self, server: VllmClient) -> None:
         server.post("/finish_weight_update", {}, self._seconds, "finish an update")

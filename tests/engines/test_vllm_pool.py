@@ -304,10 +304,14 @@ def test_prefixes_that_stay_cached_stop_the_run(fakes, connect):
         engine.update_weights(TENSORS.items(), 1)
 
 
-def test_an_update_that_was_broken_off_is_ended_first(fakes, connect):
+@pytest.mark.parametrize("refusals", [0, 1])
+def test_an_update_that_was_broken_off_is_ended_first(fakes, connect, refusals):
     fakes[0].faults[PHASES[2]] = [fails(500, "a weight update is already active")]
+    fakes[0].faults[PHASES[4]] = [fails(500, "weights did not arrive")] * refusals
     connect(fakes[0].url).update_weights(TENSORS.items(), 1)
-    assert [p for p in fakes[0].paths() if p in PHASES][2:5] == [PHASES[2], PHASES[4], PHASES[2]]
+    start, finish = PHASES[2], PHASES[4]
+    began = [p for p in fakes[0].paths() if p in PHASES][2 : 5 + refusals]
+    assert began == [start, *[finish] * (1 + refusals), start]
 
 
 def test_tied_weights_are_sent_under_both_names(fakes, connect):
