@@ -112,8 +112,6 @@ def server_command(
     if on_cpu:
         # Where a prompt is cut, vLLM rewinds the response's generator; the CPU's cannot.
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        if tensor_parallel_size == 1:
-            options["--distributed-executor-backend"] = "uni"  # a process less to start
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     return [*program, *(word for option in options.items() for word in option), *flags], environment
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmrl_env.engines.vllm_client import ServerLost, ServerRefused, VllmClient
@@ -70,8 +71,10 @@ class WeightSync:
         everywhere(self._start)
         for bucket in buckets(named_tensors):
             packed = self._transfer.pack(bucket)
-            everywhere(lambda server: self._transfer.send(server, packed, self._seconds))  # noqa: B023
+            everywhere(partial(self._transfer.send, packed=packed, seconds=self._seconds))
             sent += len(bucket)
+            bucket.clear()  # the tensors go before the next ones are gathered
+            del packed
         everywhere(self._finish)
         return lost
 
@@ -107,8 +110,15 @@ class WeightSync:
         except ServerRefused as error:
             if "already active" not in str(error):
                 raise
-            server.post("/finish_weight_update", {}, self._seconds, "end a broken-off update")
+            self._end_broken_update(server)
             server.post("/start_weight_update", {}, self._seconds, "start an update")
+
+    def _end_broken_update(self, server: VllmClient) -> None:
+        phase = "end a broken-off update"
+        try:
+            server.post("/finish_weight_update", {}, self._seconds, phase)
+        except ServerRefused:  # it tells what did not arrive, and ends if asked again
+            server.post("/finish_weight_update", {}, self._seconds, phase)
 
     def _finish(self, server: VllmClient) -> None:
         server.post("/finish_weight_update", {}, self._seconds, "finish an update")

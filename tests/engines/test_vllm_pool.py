@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -205,6 +206,22 @@ def test_a_large_model_is_sent_in_buckets(fakes, connect, monkeypatch):
     assert [sorted(load(base64.b64decode(bucket))) for bucket in sent] == [["a"], ["b"], ["c"]]
 
 
+def test_a_sync_holds_one_bucket_of_the_gathered_tensors(fakes, connect, monkeypatch):
+    monkeypatch.setattr(vllm_transfer, "BUCKET_BYTES", 3 * 24)
+    held, most = weakref.WeakSet(), 0
+
+    def gathered():
+        nonlocal most
+        for i in range(12):
+            tensor = torch.full((6,), float(i))
+            held.add(tensor)
+            most = max(most, len(held))
+            yield f"{i}", tensor
+
+    connect().update_weights(gathered(), 1)
+    assert most == 3 + 1  # the fourth shows that the bucket is full
+
+
 @given(sizes=st.lists(st.integers(1, 9), max_size=12), limit=st.integers(1, 20))
 def test_buckets_hold_all_tensors_in_order_and_no_more_than_the_limit(sizes, limit):
     tensors = [(str(i), torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
@@ -287,10 +304,14 @@ def test_prefixes_that_stay_cached_stop_the_run(fakes, connect):
         engine.update_weights(TENSORS.items(), 1)
 
 
-def test_an_update_that_was_broken_off_is_ended_first(fakes, connect):
+@pytest.mark.parametrize("refusals", [0, 1])
+def test_an_update_that_was_broken_off_is_ended_first(fakes, connect, refusals):
     fakes[0].faults[PHASES[2]] = [fails(500, "a weight update is already active")]
+    fakes[0].faults[PHASES[4]] = [fails(500, "weights did not arrive")] * refusals
     connect(fakes[0].url).update_weights(TENSORS.items(), 1)
-    assert [p for p in fakes[0].paths() if p in PHASES][2:5] == [PHASES[2], PHASES[4], PHASES[2]]
+    start, finish = PHASES[2], PHASES[4]
+    began = [p for p in fakes[0].paths() if p in PHASES][2 : 5 + refusals]
+    assert began == [start, *[finish] * (1 + refusals), start]
 
 
 def test_tied_weights_are_sent_under_both_names(fakes, connect):

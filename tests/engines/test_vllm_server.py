@@ -135,6 +135,22 @@ def test_weights_of_another_model_are_refused_and_right_ones_taken_after(
     assert largest_gap(other_model, tokenizer, prompts, completions) < TOLERANCE
 
 
+def test_after_a_trainer_that_died_in_an_update_another_one_takes_over(
+    engine, other_model, tokenizer, prompts
+):
+    from lmrl_env.engines.vllm_transfer import HttpTransfer
+
+    state = other_model.state_dict()
+    transfer = HttpTransfer()
+    client = engine._pool._servers[0].client
+    client.post("/start_weight_update", {}, 60, "start")
+    transfer.send(client, transfer.pack(list(state.items())[:5]), 60)
+    transfer.close()
+    engine.update_weights(state.items(), 5)
+    completions = engine.generate(prompts, Sampling(24), 3, range(6))
+    assert largest_gap(other_model, tokenizer, prompts, completions) < TOLERANCE
+
+
 def test_a_response_ends_at_its_first_eos_or_at_the_budget(engine, tokenizer, prompts):
     completions = engine.generate(prompts, Sampling(160), 16, range(32))
     for completion in completions:
