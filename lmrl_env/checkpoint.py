@@ -62,7 +62,7 @@ class Checkpoints:
         """
         for partial in self.path.glob("step-*.partial"):
             shutil.rmtree(partial)
-        damaged = []
+        damaged: list[tuple[Path, str]] = []
         for step in reversed(self.steps):
             folder = self.folder(step)
             damage = find_damage(folder)
