@@ -28,7 +28,9 @@ def random_states() -> dict[str, Tensor]:
     _, python_words, python_gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*words.tolist(), position, has_gauss, gauss], dtype=torch.float64),
+        "numpy": torch.tensor(
+            [*np.asarray(words).tolist(), position, has_gauss, gauss], dtype=torch.float64
+        ),
         "python": torch.tensor(
             [*python_words, python_gauss is not None, python_gauss or 0.0], dtype=torch.float64
         ),

@@ -316,4 +316,8 @@ def test_two_ranks_go_on_with_the_run_of_one(finished, tmp_path):
     output = train_with_two_ranks(folder, steps=4)
     assert output.count("not the same bit for bit") == 1  # that of before
     mine, alone = (timeless(rows(each))[-1] for each in (folder, finished))
-    assert mine == pytest.approx(alone, rel=1e-3, abs=1e-5)
+    assert mine.keys() == alone.keys()
+    for key, expected in alone.items():
+        if expected is not None:  # a mean over nothing
+            expected = pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert mine[key] == expected, key
