@@ -93,7 +93,7 @@ def test_completion_offers_the_commands():
              "PYTHONPATH": ":".join(sys.path)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.split() == ["plain,envs", "plain,eval"]
+    assert done.stdout.split() == ["plain,envs", "plain,eval", "plain,export"]
 
 
 @pytest.mark.parametrize(
