@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import atexit
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from lmrl_env.adapters import ADAPTER_FOLDER, WithoutAdapters, add_adapters, load_adapters
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.checkpoint import TRAINER, accuracies
 from lmrl_env.distributed import (
     all_lists,
     all_sum,
     any_rank,
-    is_sharded,
     make_accelerator,
-    prepare_frozen,
     shutdown,
 )
 from lmrl_env.env import unwrap
-from lmrl_env.errors import ConfigurationError, GradingError
+from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import evaluate
 from lmrl_env.manifest import make_manifest
 from lmrl_env.manifest_table import print_manifest
 from lmrl_env.plotting import plot_curves
-from lmrl_env.policy import Policy, load_model
 from lmrl_env.progress import ProgressDisplay
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
 from lmrl_env.random_states import seed_generators
-from lmrl_env.registration import make_engine, resolve_engine
+from lmrl_env.registration import resolve_engine
 from lmrl_env.resumption import Resumption
-from lmrl_env.rollout import VERIFIER_ERRORS, Rollout, rollout
+from lmrl_env.rollout import Rollout
 from lmrl_env.run_folder import (
     FAULTS_FILE,
     RunFolder,
@@ -52,6 +45,8 @@ from lmrl_env.run_folder import (
     sample_record,
     spec_record,
 )
+from lmrl_env.run_setup import load_reference, load_trained_model, make_envs, start_engine
+from lmrl_env.sampling import BatchSampler
 from lmrl_env.settings import check_settings
 from lmrl_env.signals import StopRequest
 from lmrl_env.tokenizer import load_tokenizer
@@ -65,6 +60,7 @@ from lmrl_env.training_state import (
     restore_random_states,
     save_checkpoint,
 )
+from lmrl_env.verifier_errors import settle_verifier_errors, verifier_warning
 from lmrl_env.waiting import phase
 from lmrl_env.weight_sync import sync_weights
 
@@ -74,9 +70,6 @@ if TYPE_CHECKING:
 
 ASYNC_TIS_CAP = 5.0
 """``--tis-cap`` where samples are one step old and no cap is given."""
-
-VERIFIER_ERRORS_WARNED_OF = 0.01
-"""Share of responses without a verdict above which a run warns."""
 
 
 class Run:
@@ -148,61 +141,15 @@ class Run:
         self._reported: set[str] = set()
         self._batch_saved = self.last_step > 0
         self._others: dict[str, Trained] = {}
-        self._sampler = ThreadPoolExecutor(1)
-        self._next_batch: Future[Rollout] | None = None
 
     def load_model(self) -> PreTrainedModel:
         """Load the model to train: that of the checkpoint when the run is resumed."""
-        args = self.args
-        adapted = args.lora_rank is not None
-        model = load_model(
-            str(args.model if adapted else self.checkpoint or args.model),
-            device=self.accelerator.device,
-            attention=args.attention,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
-        if args.attention == "flash_attention_2" and args.dtype == "float32":
-            raise ConfigurationError(
-                "--attention flash_attention_2 has no float32: add --dtype bfloat16"
-            )
-        if adapted:
-            add_adapters(model, args.lora_rank)
-            if self.checkpoint is not None:
-                load_adapters(self.checkpoint / ADAPTER_FOLDER, model)
-        return model
+        return load_trained_model(self.args, self.checkpoint, self.accelerator.device)
 
     def make_envs(self) -> tuple[VectorEnv[Any, Any, Any], VectorEnv[Any, Any, Any]]:
         """Make this rank's environments, to train in and to evaluate in."""
-        args = self.args
-        common = {
-            "model": args.model,
-            "engine": args.engine,
-            "max_new_tokens": args.max_new_tokens,
-            "tokens_per_step": args.max_new_tokens,
-            "autoreset_mode": "Disabled",
-            **({"servers": args.servers} if args.servers else {}),
-        }
-        slots = math.ceil(args.eval_questions / self.accelerator.num_processes)
-        try:
-            envs = gym.make_vec(
-                args.env,
-                self.plan.groups * args.group_size,
-                questions=args.questions,
-                group_size=args.group_size,
-                **common,
-            )
-            eval_envs = gym.make_vec(
-                args.env,
-                slots,
-                questions=args.eval_set or args.questions,
-                split="all" if args.eval_set else "heldout",
-                **common,
-            )
-        except (gym.error.Error, ImportError, TypeError) as error:
-            raise ConfigurationError(
-                f"--env {args.env!r} cannot be made ({error}): expected an id such as MathR1-v0 or "
-                "my_module:MyEnv-v0 of a module here or installed, over make_token_vector_env"
-            ) from error
+        ranks = self.accelerator.num_processes
+        envs, eval_envs = make_envs(self.args, self.plan.groups, ranks)
         self._plan_ahead(envs, eval_envs)
         return envs, eval_envs
 
@@ -274,21 +221,18 @@ class Run:
             options = self._resumption.tracker_options(args.tracker)
             self.accelerator.init_trackers("lmrl_env", config=values, init_kwargs=options)
         self._canary_prompt = tables[0][0].tolist()
-        # Beside the training, from adapters or a sharded module, the local engine cannot sample.
-        alone = args.async_depth or args.lora_rank or is_sharded(self.accelerator)
-        module = None if alone else self.accelerator.unwrap_model(policy).model
-        self._engine = make_engine(
-            args.engine,
-            args.model,
-            max_model_len=max(table.width for table in tables) + args.max_new_tokens,
-            module=module,
-            dtype=args.dtype,
-            device=str(self.accelerator.device),
-            seed=args.seed,
-            servers=args.servers,
-        )
+        max_model_len = max(table.width for table in tables) + args.max_new_tokens
+        self._engine = start_engine(self.accelerator, args, policy, max_model_len)
         self._stack.callback(self._engine.close)
-        self._stack.callback(self._sampler.shutdown, cancel_futures=True)
+        self._sampler = BatchSampler(
+            self._engine,
+            self.plan,
+            steps=args.steps,
+            temperature=args.temperature,
+            parts=args.rollout_parts,
+            ahead=bool(args.async_depth),
+        )
+        self._stack.callback(self._sampler.close)
         self._sync_weights(policy)
         self._stack.enter_context(self.display)
         for row in self.folder.rows:
@@ -342,16 +286,9 @@ class Run:
         """Return the policy that the run started from, frozen, on this rank's device.
 
         Args:
-            policy: as ``prepare`` returned it; without its adapters, if it has any, it is the
-                reference itself.
+            policy: as ``prepare`` returned it.
         """
-        trained: Policy = self.accelerator.unwrap_model(policy)
-        if self.args.lora_rank is not None:
-            return WithoutAdapters(trained)
-        args = self.args
-        model = load_model(args.model, device=self.accelerator.device, attention=args.attention)
-        reference = Policy(model, trained.vocab_size).requires_grad_(False)
-        return prepare_frozen(self.accelerator, reference)
+        return load_reference(self.accelerator, self.args, policy)
 
     # --- sampling
 
@@ -367,28 +304,7 @@ class Run:
             step: from 1.
             refill: number of a further rollout of the step.
         """
-        if not self.args.async_depth:
-            return self._play(envs, step, refill)
-        begun = None if refill else self._next_batch
-        future = begun or self._sampler.submit(self._play, envs, step, refill)
-        if not refill:
-            last = step == self.args.steps
-            self._next_batch = None if last else self._sampler.submit(self._play, envs, step + 1, 0)
-        return future.result()
-
-    def _play(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int) -> Rollout:
-        return rollout(
-            envs,
-            self._engine,
-            question_ids=self.plan.question_ids(
-                step, unwrap(envs).prompts.questions.parts, refill=refill
-            ),
-            seeds=self.plan.seeds(step, refill=refill),
-            temperature=self.args.temperature,
-            parts=self.args.rollout_parts,
-        )
-
-    # --- verifiers that fail
+        return self._sampler.rollout(envs, step, refill)
 
     @phase("grading")
     def settle_verifier_errors(self, batch: Rollout) -> Rollout:
@@ -403,30 +319,8 @@ class Run:
         Raises:
             GradingError: with ``stop``, on all ranks, if a rank has such a response.
         """
-        failed = batch.has_verifier_error
         choice = self.args.on_verifier_error
-        if choice == "stop" and any_rank(self.accelerator, bool(failed.any())):
-            raise GradingError(
-                "--on-verifier-error stop: "
-                + (_describe(batch, int(failed.argmax())) if failed.any() else "on another rank")
-                + "; correct the verifier, give it a longer timeout, or take zero or drop"
-            )
-        return batch.drop_groups(failed, self.args.group_size) if choice == "drop" else batch
-
-    def _warn_of_verifier_errors(self, metrics: Mapping[str, Any]) -> None:
-        """Say once that too many responses were left without a verdict."""
-        for prefix in ("", "eval/"):
-            shares = {s: metrics.get(f"{prefix}verifier/{s}") or 0.0 for s in VERIFIER_ERRORS}
-            if sum(shares.values()) > VERIFIER_ERRORS_WARNED_OF and not self._warned:
-                self._warned = True
-                listed = ", ".join(f"{status} {share:.1%}" for status, share in shares.items())
-                self._show(
-                    f"warning: step {self.last_step}: the verifier did not finish on many "
-                    f"{'held-out ' if prefix else ''}responses ({listed}), which counts as wrong "
-                    "where --on-verifier-error does not say otherwise; this is said once, the "
-                    f"shares are {prefix}verifier/* in metrics.jsonl",
-                    style="bold yellow",
-                )
+        return settle_verifier_errors(self.accelerator, batch, choice, self.args.group_size)
 
     # --- faults that a run survives
 
@@ -489,8 +383,7 @@ class Run:
     # --- engine and evaluation
 
     def _sync_weights(self, policy: nn.Module) -> float:
-        if self._next_batch is not None:
-            self._next_batch.result()  # the engine is busy until then
+        self._sampler.wait()  # the engine is busy until then
         return sync_weights(
             self.accelerator,
             policy,
@@ -566,7 +459,10 @@ class Run:
             self._batch_saved = True
 
     def _write_row(self, metrics: Mapping[str, Any]) -> None:
-        self._warn_of_verifier_errors(metrics)
+        warning = verifier_warning(metrics)
+        if warning is not None and not self._warned:
+            self._warned = True
+            self._show(f"warning: step {self.last_step}: {warning}", style="bold yellow")
         row = finite({"step": self.last_step, **metrics})
         logged = {k: v for k, v in row.items() if k != "step" and v is not None}
         self.accelerator.log(logged, self.last_step)
@@ -588,10 +484,9 @@ class Run:
             "next_question": self.last_step * self.args.prompts_per_step,
             "ranks": self.accelerator.num_processes,
         }
-        ahead = self._next_batch.result() if self._next_batch else None
-        state = TrainingState.gather(
-            self.accelerator, values, (policy, optimizer), self._others, ahead
-        )
+        trained = (policy, optimizer)
+        ahead = self._sampler.wait()
+        state = TrainingState.gather(self.accelerator, values, trained, self._others, ahead)
         save_checkpoint(self.accelerator, self.folder, policy, state, self.args.model)
         if self.is_main:
             checkpoints = self.folder.checkpoints
@@ -610,8 +505,7 @@ class Run:
         if ahead.mask.shape[1] != self.args.max_new_tokens:
             self._show("the batch sampled ahead has another --max-new-tokens: sampling a new one")
             return
-        self._next_batch = Future()
-        self._next_batch.set_result(ahead.take(self.plan.own))
+        self._sampler.put(ahead.take(self.plan.own))
 
     def _title(self) -> str:
         args = self.args
@@ -624,23 +518,24 @@ class Run:
             each.close()
         if self.is_main:
             self._summarize()
-        self.folder.unlock()
-        self._stop_request.close()
 
     def _close(self) -> None:
-        """Close environments, engine and display; a second call does nothing."""
+        """Close what is open, and let go of signals and folder; a second call does nothing."""
         atexit.unregister(self._break_off)
         self._stack.close()
+        self._stop_request.close()
+        self.folder.unlock()
 
     def _break_off(self) -> None:
         """Close everything after an error, and say what there is to go on with."""
         self._close()
         if not self.is_main or not (self.folder.path / "config.json").exists():
             return
-        steps = self.folder.checkpoints.steps
+        checkpoints = self.folder.checkpoints
+        last = checkpoints.folder(checkpoints.steps[-1]) if checkpoints.steps else None
         self._show(
             f"broken off in step {self.last_step}: "
-            + (f"the last checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet")
+            + (f"the last checkpoint is {last}" if last else "no checkpoint yet")
             + f"; go on with: {self._resume_command}",
             style="bold red",
         )
@@ -665,12 +560,3 @@ class Run:
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:
             self._show(f"go on with: {self._resume_command}")
-
-
-def _describe(batch: Rollout, row: int) -> str:
-    """Return a response that has no verdict, as an error names it."""
-    return (
-        f"the verifier's status is {batch.verifier_status[row]!r} for response {row} to question "
-        f"{batch.question_ids[row]}, gold answer {batch.answers[row]!r}: "
-        f"{batch.responses[row][-500:]!r}"
-    )

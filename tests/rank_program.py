@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lmrl_env import distributed, make_token_vector_env, run
+from lmrl_env import distributed, make_token_vector_env, run, run_setup
 from lmrl_env.policy import Policy, TokenBatch, load_model
 from lmrl_env.sharding import (
     full_optimizer_state,
@@ -174,7 +174,7 @@ def train(folder: Path, job: str) -> None:
     """Train as a job says."""
     name, dtype, steps, *options = job.split(",")
     torch.set_default_dtype(getattr(torch, dtype))
-    run.load_model = load_float64 if dtype == "float64" else load_model
+    run_setup.load_model = load_float64 if dtype == "float64" else load_model
     sharding = "sharded" in options
     run.make_accelerator = make_sharding_accelerator if sharding else distributed.make_accelerator
     gradient: dict[str, torch.Tensor] = {}

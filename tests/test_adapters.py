@@ -199,7 +199,7 @@ def test_every_algorithm_trains_adapters(name, tmp_path):
 def test_the_reference_of_a_run_of_adapters_is_its_start(tmp_path, monkeypatch):
     references = []
     monkeypatch.setattr(
-        "lmrl_env.run.WithoutAdapters",
+        "lmrl_env.run_setup.WithoutAdapters",
         lambda policy: references.append(policy) or WithoutAdapters(policy),
     )
     (_, first, second) = train(

@@ -67,8 +67,8 @@ def test_an_error_in_the_loop_closes_everything_and_names_the_last_checkpoint(
 def test_an_engine_that_dies_ends_the_run_by_name_and_the_checkpoint_is_kept(
     tmp_path, monkeypatch, capsys, closed
 ):
-    died = failing(lmrl_env.run.rollout, 2, EngineError("the engine died"))
-    monkeypatch.setattr(lmrl_env.run, "rollout", died)
+    died = failing(lmrl_env.sampling.rollout, 2, EngineError("the engine died"))
+    monkeypatch.setattr(lmrl_env.sampling, "rollout", died)
     folder = tmp_path / "run"
     with pytest.raises(EngineError, match="the engine died"):
         train(folder, steps=3, checkpoint_every=1, eval_every=0)

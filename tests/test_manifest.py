@@ -256,7 +256,9 @@ def test_a_dry_run_of_a_model_without_weights_prints_its_plan_and_leaves_nothing
 
 
 def test_a_dry_run_loads_no_weights_and_ends_with_0(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmrl_env.run.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "lmrl_env.run_setup.load_model", lambda *args, **kwargs: pytest.fail("loaded")
+    )
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "run", dry_run=True)
     assert ended.value.code == 0 and not (tmp_path / "run").exists()

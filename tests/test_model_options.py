@@ -100,7 +100,10 @@ def test_flash_attention_without_cuda_is_refused_by_name(folder, tmp_path):
     with pytest.raises(ConfigurationError, match=re.escape(FLASH)):
         load_model(folder, attention="flash_attention_2")
     with pytest.raises(ConfigurationError, match=re.escape(FLASH)):
-        train("dr_grpo", tmp_path / "run", **TINY, attention="flash_attention_2")
+        flash = {"attention": "flash_attention_2", "dtype": "bfloat16"}
+        train("dr_grpo", tmp_path / "run", **TINY, **flash)
+    with pytest.raises(ConfigurationError, match="has no float32: add --dtype bfloat16"):
+        train("dr_grpo", tmp_path / "other", **TINY, attention="flash_attention_2")
 
 
 def test_a_model_that_cannot_do_without_its_activations_is_named(folder, monkeypatch):
@@ -112,7 +115,8 @@ def test_a_model_that_cannot_do_without_its_activations_is_named(folder, monkeyp
 def test_a_run_is_the_same_with_other_attention_and_recomputed_activations(tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        "lmrl_env.run.load_model", lambda *args, **kw: loaded.append(kw) or load_model(*args, **kw)
+        "lmrl_env.run_setup.load_model",
+        lambda *args, **kw: loaded.append(kw) or load_model(*args, **kw),
     )
     options = {"attention": "eager", "gradient_checkpointing": True}
     expected = train("ppo", tmp_path / "packed", **RIGHT_AND_WRONG)
