@@ -49,7 +49,7 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
                 label,
                 f"{row['questions']:,}",
                 *_accuracy_cells(row["accuracy"]),
-                *(_percent(row[k]["value"]) for k in ks),
+                *(_percent(row[k]["value"]) if k in row else "–" for k in ks),
                 _percent(row["formatted"]),
                 _percent(status["truncated"] / samples),
                 *(
