@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from lmrl_env.plain_formulas import to_latex
 from lmrl_env.quantities import PERCENT, TEXT, Unit, plain_number, split_unit
 
 _LONGEST_FORMULA = 2000
@@ -97,7 +98,9 @@ def quantity(text: str) -> tuple[Fraction, Unit] | None:
 
 def _normalise(text: str) -> str:
     """Return the text without what introduces or typesets an answer but does not change it."""
-    text = text.strip().replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
+    text = text.strip().replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
+    text = re.sub(r"(?<![\w)}])\*\*([^*]+)\*\*", r"\1", text)  # bold, and no power
+    text = to_latex(text.removeprefix("**").removesuffix("**"))
     text = re.sub(r"^(?:the\s+)?(?:final\s+)?answer(?:\s+is\b\s*:?|\s*:)", "", text, flags=re.I)
     text = re.sub(r"(?<=[0-9])(?:\\,|,\\!\s*)(?=[0-9]{3})", ",", text)
     text = re.sub(r"\\(?:boldsymbol|bm)\s*\{([^{}]*)\}", r"\1", text)

@@ -40,7 +40,7 @@ class PromptTable:
         if not len(fits):
             raise PromptTooLongError(
                 f"none of the {len(questions)} prompts of {questions.name!r} fits: the shortest "
-                f"has {lengths.min(initial=0)} tokens, and max_new_tokens={max_new_tokens} leaves "
+                f"has {min(lengths, default=0)} tokens, and max_new_tokens={max_new_tokens} leaves "
                 f"{room} of the model's context of {tokenizer.context_length}; lower "
                 "max_new_tokens or take a model with a longer context"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
@@ -129,4 +129,27 @@ def _sample(line: str, place: str) -> Sample:
             f"{place} has finish_reason {sample.finish_reason!r}: expected 'stop' where the "
             "response ended by itself, or 'length' where the budget cut it off"
         )
+    for names, expected, fits in _COLUMNS:
+        for name in names.split():
+            if not fits(value := getattr(sample, name)):
+                raise QuestionError(f"{place} has {name} {value!r}: expected {expected}")
     return sample
+
+
+def _is_gold(value: Any) -> bool:
+    golds = value if isinstance(value, list) else [value]
+    return bool(golds) and all(isinstance(gold, str) for gold in golds)
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("answer", "a text or a list of texts", _is_gold),
+    ("question_id", "text or a whole number", lambda value: isinstance(value, str | int)),
+    ("question response model set template detail", "text", lambda value: isinstance(value, str)),
+    ("extracted", "text or null", lambda value: isinstance(value, str | None)),
+    ("sample seed tokens", "a whole number", lambda value: isinstance(value, int | None)),
+    ("score", "a number", lambda value: isinstance(value, int | float)),
+    ("extra", "an object", lambda value: isinstance(value, Mapping)),
+    ("status", f"one of {', '.join(get_args(SampleStatus))}, or null",
+     lambda value: value is None or value in get_args(SampleStatus)),
+)  # fmt: skip
+"""Names of columns, what they must hold, and whether a value is that."""

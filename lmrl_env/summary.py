@@ -36,9 +36,10 @@ def summarise(samples: Iterable[Sample], seed: int = 0) -> dict[str, Any]:
     Returns:
         ``sets``: for each set the numbers of questions and of samples; ``accuracy``, which is the
         mean over questions of the share of right samples, that is avg@n; ``score``, the same of
-        the verifier's scores; ``pass@k`` and ``majority@k`` for k = 1, 2, 4, ... and n; each as
-        ``value`` with the ends ``low`` and ``high`` of its 95% bootstrap interval over questions;
-        mean ``tokens`` of right, wrong (ended, and anything but right) and truncated responses;
+        the verifier's scores; ``pass@k`` and ``majority@k`` for k = 1, 2, 4, ... and n, without
+        the latter where a right sample names no answer that could be counted; each as ``value``
+        with the ends ``low`` and ``high`` of its 95% bootstrap interval over questions; mean
+        ``tokens`` of right, wrong (ended, and anything but right) and truncated responses;
         ``formatted``, the share of samples in which the verifier found an answer to judge; and
         counts by ``status``. ``mean_over_sets`` weighs all sets alike, ``mean_over_questions``
         all questions; their intervals resample the questions within each set.
@@ -103,20 +104,24 @@ def compare(
 def _question_scores(questions: Mapping[str, Sequence[Sample]], n: int) -> tuple[list[str], Floats]:
     """Return names of scores, and the scores of each question, shape (Q, M)."""
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
-    names = ["accuracy", "score"]
-    names += [f"{kind}@{k}" for kind in ("pass", "majority") for k in ks]
+    names = ["accuracy", "score", *(f"pass@{k}" for k in ks)]
+    has_votes = all(
+        _vote(sample) is not None
+        for samples in questions.values()
+        for sample in samples
+        if sample.status == "correct"
+    )
+    if has_votes:
+        names += [f"majority@{k}" for k in ks]
     rows = []
     for samples in questions.values():
         right = [sample.status == "correct" for sample in samples]
-        majority = majority_at_k([_vote(sample) for sample in samples], right)
-        rows.append(
-            [
-                _accuracy(samples),
-                float(np.mean([sample.score for sample in samples])),
-                *(pass_at_k(len(samples), sum(right), k) for k in ks),
-                *(majority[k - 1] for k in ks),
-            ]
-        )
+        row = [_accuracy(samples), float(np.mean([sample.score for sample in samples]))]
+        row += [pass_at_k(len(samples), sum(right), k) for k in ks]
+        if has_votes:
+            majority = majority_at_k([_vote(sample) for sample in samples], right)
+            row += [majority[k - 1] for k in ks]
+        rows.append(row)
     return names, np.array(rows)
 
 

@@ -49,7 +49,7 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
                 label,
                 f"{row['questions']:,}",
                 *_accuracy_cells(row["accuracy"]),
-                *(_percent(row[k]["value"]) for k in ks),
+                *(_percent(row[k]["value"]) if k in row else "–" for k in ks),
                 _percent(row["formatted"]),
                 _percent(status["truncated"] / samples),
                 *(
@@ -87,6 +87,35 @@ def comparison_table(title: str, differences: Mapping[str, Mapping[str, float]])
         for label, row in differences.items()
     ]
     return Table(title, ["set", "common questions", "difference", "95% interval"], rows)
+
+
+def settings_line(config: Mapping[str, Any]) -> str:
+    """Return in one line what a reader needs to repeat an evaluation.
+
+    Args:
+        config: the record of the evaluation, ``config.json``.
+    """
+    versions = config["versions"]
+    packages = [f"{name} {versions[name]}" for name in _CITED if versions.get(name)]
+    parts = [f"Verifier {config['verifier'].removeprefix('lmrl_env.verifiers:')}"]
+    if "temperature" in config:
+        templates = {template["name"] for template in config["templates"].values()}
+        parts += [
+            f"template {', '.join(sorted(templates))}",
+            f"temperature {config['temperature']:g}",
+            f"samples per question {config['n']}",
+            f"at most {config['max_new_tokens']:,} tokens",
+            f"seed {config['seed']}",
+            f"engine {config['engine_used']} in {config['dtype']}",
+        ]
+    if config.get("limit"):
+        parts.append(f"at most {config['limit']} questions of a set")
+    if config["commit"]:
+        packages.append(f"commit {config['commit']}")
+    return f"{', '.join(parts)}. {', '.join(packages)}.\n"
+
+
+_CITED = ("lmrl_env", "math-verify", "transformers", "torch", "vllm")
 
 
 def markdown(tables: Sequence[Table]) -> str:

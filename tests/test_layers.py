@@ -13,6 +13,7 @@ LAYERS = (
     (
         "templates",
         "math_equality",
+        "plain_formulas",
         "quantities",
         "sandbox",
         "sandbox_program",

@@ -176,7 +176,7 @@ def test_the_engine_is_built_at_first_use_and_writes_what_the_environment_takes(
         ({"template": "r2"}, UnknownNameError, "unknown template 'r2': expected one of"),
         ({"engine": "sglang"}, UnknownNameError, "unknown engine 'sglang': expected one of"),
         ({"model": "no/such"}, ModelError, "cannot load the tokenizer of the model name 'no/such'"),
-        ({"max_new_tokens": 8190}, PromptTooLongError, "none of the 20 prompts"),
+        ({"max_new_tokens": 8190}, PromptTooLongError, "fits: the shortest has 130 tokens"),
     ],
 )
 def test_names_and_sizes_that_cannot_be_are_refused(kwargs, error, message, monkeypatch):

@@ -242,6 +242,9 @@ def test_any_gold_answer_of_several_counts_as_right(grader):
     assert grade([sample], grader)[0].status == "correct"
 
 
+ROW = '{"question_id": "1", "question": "", "finish_reason": "stop", %s}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -253,6 +256,14 @@ def test_any_gold_answer_of_several_counts_as_right(grader):
             '{"question_id": 1, "question": "", "answer": "", "response": "", "finish_reason": 3}',
             "finish_reason 3",
         ),
+        (ROW % '"answer": 4, "response": ""', "samples.jsonl:1 has answer 4: expected a text or a"),
+        (ROW % '"answer": [4], "response": ""', r"has answer \[4\]: expected a text or a list"),
+        (ROW % '"answer": [], "response": ""', r"has answer \[\]: expected a text or a list"),
+        (ROW % '"answer": "4", "response": null', "has response None: expected text"),
+        (ROW % '"answer": "4", "response": "", "extra": "x"', "has extra 'x': expected an object"),
+        (ROW % '"answer": "4", "response": "", "tokens": "x"', "has tokens 'x': expected a whole"),
+        (ROW % '"answer": "4", "response": "", "score": "x"', "has score 'x': expected a number"),
+        (ROW % '"answer": "4", "response": "", "status": "x"', "has status 'x': expected one of"),
     ],
 )
 def test_a_file_that_holds_no_samples_is_refused(tmp_path, text, message):
@@ -314,6 +325,16 @@ def test_a_summary_is_what_one_counts_by_hand():
         "correct": 2, "wrong": 3, "unparseable": 1, "truncated": 1, "timeout": 1, "crash": 0,
     }  # fmt: skip
     assert b["status"]["crash"] == 1 and b["tokens"]["truncated"] is None
+
+
+def test_there_is_no_majority_where_right_samples_name_no_answer():
+    voted = [sample("1", "correct", "4"), sample("1", "wrong")]
+    unnamed = [sample("1", "correct", None, label="b"), sample("1", "wrong", "3", label="b")]
+    summary = summarise([*voted, *unnamed])
+    assert summary["sets"]["a"]["majority@2"]["value"] == 1
+    assert [key for key in summary["sets"]["b"] if "@" in key] == ["pass@1", "pass@2"]
+    cells = [row[5] for row in summary_table("", summary).rows[:2]]
+    assert cells == ["100.0%", "–"]
 
 
 def test_the_two_averages_weigh_sets_and_questions():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,10 @@ def eval_command(models: tuple[str, ...], output: Path | None, **options: Any) -
     verifier = options["verifier"] or verifier_for(prompts[0].template.answer_format)
     with Grader(verifier) as grader:
         grader.start()
-        _begin(folder, _config(prompts, settings, suite_text, limit, grader.verifier))
+        config = _config(prompts, settings, suite_text, limit, grader.verifier)
+        _begin(folder, config)
         by_model = {p.model: _run(p, settings, grader, folder / "samples.jsonl") for p in prompts}
-    finish(folder, by_model, settings.seed, as_json)
+    finish(folder, by_model, config, settings.seed, as_json)
 
 
 def _config(
@@ -188,18 +190,23 @@ def _run(prompts: SuitePrompts, settings: EvalSettings, grader: Grader, path: Pa
 
 
 def finish(
-    folder: Path, by_model: dict[str, list[Sample]], seed: int, as_json: bool
+    folder: Path,
+    by_model: dict[str, list[Sample]],
+    config: Mapping[str, Any],
+    seed: int,
+    as_json: bool,
 ) -> dict[str, Any]:
     """Write ``summary.json`` and ``summary.md``, print either, and warn of failed grading.
 
     Args:
         folder: for the files.
         by_model: samples; the models after the first are compared with it.
+        config: the record of the evaluation.
         seed: of the bootstrap.
         as_json: whether to print JSON instead of tables.
     """
     from lmrl_env.summary import compare, summarise
-    from lmrl_env.tables import comparison_table, markdown, summary_table
+    from lmrl_env.tables import comparison_table, markdown, settings_line, summary_table
 
     base, *others = by_model
     summary: dict[str, Any] = {
@@ -218,7 +225,9 @@ def finish(
     (folder / "summary.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    (folder / "summary.md").write_text(markdown(tables), encoding="utf-8")
+    (folder / "summary.md").write_text(
+        f"{markdown(tables)}\n{settings_line(config)}", encoding="utf-8"
+    )
     if as_json:
         print_json(summary)
     else:

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,7 +56,8 @@ def regrade_command(source: Path, verifier: str, seed: int, as_json: bool) -> No
     name = re.sub(r"[^\w.=-]+", "-", verifier.removeprefix("lmrl_env.verifiers:")).strip("-")
     folder = path.parent / f"regraded-{name}"
     folder.mkdir(exist_ok=True)
-    config = {"samples": str(path), "verifier": verifier, **provenance()}
+    sampled = _record_of_samples(path.parent / "config.json")
+    config = {"samples": str(path), "verifier": verifier, **provenance(), "evaluation": sampled}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(map(to_line, new))
@@ -69,9 +70,18 @@ def regrade_command(source: Path, verifier: str, seed: int, as_json: bool) -> No
     by_model: dict[str, list[Sample]] = {}
     for sample in new:
         by_model.setdefault(sample.model, []).append(sample)
-    finish(folder, by_model, seed, as_json)
+    finish(folder, by_model, {**(sampled or config), "verifier": verifier}, seed, as_json)
     if not as_json:
         _print_changes(old, new, differing)
+
+
+def _record_of_samples(path: Path) -> dict[str, Any] | None:
+    """Return the record of the evaluation that drew the samples, or None if there is none."""
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record = record.get("evaluation") or record  # of an evaluation that was graded anew itself
+    return record if "engine_used" in record else None
 
 
 _VERDICT = ("status", "score", "extracted", "detail")

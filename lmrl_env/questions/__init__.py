@@ -116,6 +116,11 @@ def _from_rows(name: SetName) -> tuple[list[Question], str]:
     drops = Drops()
     known, label, place = _locate(name)
     rows = list(_read(name, known, label, place, drops))
+    if not rows:
+        raise QuestionError(
+            f"the question set {name.text!r} holds no rows ({drops or 'it is empty'}): expected "
+            "one question a row, in JSONL one JSON object a line"
+        )
     columns = _columns(name, known, {key for row in rows for key in row})
     if known is None:
         label = Path(place).name.removesuffix(".gz")

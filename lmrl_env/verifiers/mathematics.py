@@ -7,7 +7,13 @@ from collections.abc import Sequence
 
 from lmrl_env.math_equality import math_equal
 from lmrl_env.types import Question
-from lmrl_env.verifiers.extraction import after_thinking, last_box, last_number_in, last_tag
+from lmrl_env.verifiers.extraction import (
+    after_thinking,
+    last_box,
+    last_number_in,
+    last_tag,
+    marked_answer,
+)
 from lmrl_env.verifiers.verdict import Verdict, all_golds, compared
 
 
@@ -44,6 +50,8 @@ def math_answer(
     response: str, answer: str | Sequence[str], *, question: Question | None = None
 ) -> Verdict:
     r"""Judge the last ``<answer>...</answer>`` if there is one, else the last ``\boxed{...}``.
+
+    What follows ``</think>`` is the answer; where it holds neither, the thinking is searched too.
 
     >>> math_answer(r"It is \boxed{4}.", ("4", "four")).score
     1.0
@@ -131,7 +139,9 @@ def _find_tag_after_thinking(response: str) -> tuple[str | None, str]:
 
 
 def _find_tag_or_box(response: str) -> tuple[str | None, str]:
-    content = last_tag(response)
+    content = marked_answer(response)
+    if content is None:
+        content = last_tag(response)
     if content is None:
         content = last_box(response)
     return content, r"neither <answer>...</answer> nor a complete \boxed{}"

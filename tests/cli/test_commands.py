@@ -228,7 +228,10 @@ def test_eval_leaves_samples_summaries_and_its_settings(evaluated):
     assert accuracy["value"] == pytest.approx(len(right) / 40)
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert f"{accuracy['value']:.1%}" in output and "mean over sets" in output
-    assert f"{accuracy['value']:.1%}" in (folder / "summary.md").read_text()
+    page = (folder / "summary.md").read_text()
+    assert f"{accuracy['value']:.1%}" in page
+    assert "\nVerifier answer_tag_math, template r1, temperature 1, samples per question 2" in page
+    assert f"lmrl_env {config['versions']['lmrl_env']}, " in page
 
 
 def test_eval_does_not_write_over_an_evaluation(evaluated):
@@ -312,6 +315,8 @@ def test_regrading_lists_what_now_scores_otherwise(evaluated):
     ]
     assert all(row["before"]["status"] == "correct" and row["score"] == 0 for row in listed)
     assert rows_of(folder / "samples.jsonl") == samples
+    page = (folder / "regraded-choice" / "summary.md").read_text()
+    assert "\nVerifier choice, template r1, temperature 1, samples per question 2" in page
 
 
 def test_regrade_refuses_a_folder_without_samples(tmp_path):

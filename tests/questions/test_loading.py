@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -295,3 +296,13 @@ def test_importing_questions_imports_nothing_heavy():
     code = "import sys, lmrl_env.questions; print({'torch', 'vllm', 'datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "it is empty"), ("{\n[]\n", "2 broken lines (line 1, line 2)")]
+)
+def test_a_file_without_rows_says_why(tmp_path, text, reason):
+    path = tmp_path / "none.jsonl"
+    path.write_text(text)
+    with pytest.raises(QuestionError, match=re.escape(f"holds no rows ({reason}): expected")):
+        load_questions(str(path))
