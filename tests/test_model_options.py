@@ -8,13 +8,15 @@ import pytest
 import torch
 from random_models import VOCAB_SIZE, random_model
 from safetensors.torch import load_file
-from test_algos_run import TINY, train
+from test_algos_run import train
 from test_policy import loss_gradients, token_batch
 
+from algos.dr_grpo import Args
 from lmrl_env.adapters import add_adapters
 from lmrl_env.critic import Critic
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.policy import Policy, load_model
+from lmrl_env.run_setup import load_trained_model
 
 RIGHT_AND_WRONG = {"steps": 1, "checkpoint_every": 0}
 FLASH = "attention 'flash_attention_2' on the device 'cpu': expected a CUDA device"
@@ -96,14 +98,14 @@ def test_other_attention_gives_the_same_logprobs_and_gradients(folder, attention
     torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=2e-5 * scale)
 
 
-def test_flash_attention_without_cuda_is_refused_by_name(folder, tmp_path):
+def test_flash_attention_without_cuda_or_in_float32_is_refused_by_name(folder):
     with pytest.raises(ConfigurationError, match=re.escape(FLASH)):
         load_model(folder, attention="flash_attention_2")
     with pytest.raises(ConfigurationError, match=re.escape(FLASH)):
-        flash = {"attention": "flash_attention_2", "dtype": "bfloat16"}
-        train("dr_grpo", tmp_path / "run", **TINY, **flash)
+        args = Args(attention="flash_attention_2", dtype="bfloat16")
+        load_trained_model(args, None, "cpu")
     with pytest.raises(ConfigurationError, match="has no float32: add --dtype bfloat16"):
-        train("dr_grpo", tmp_path / "other", **TINY, attention="flash_attention_2")
+        load_trained_model(Args(attention="flash_attention_2"), None, "cpu")
 
 
 def test_a_model_that_cannot_do_without_its_activations_is_named(folder, monkeypatch):
