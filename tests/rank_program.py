@@ -102,6 +102,10 @@ def read(folder: Path, job: str) -> dict[str, Any]:
     return json.loads((folder / f"{job}.json").read_text())
 
 
+OF_THE_MACHINE = ("time/", "throughput/", "policy/micro_batch_tokens")
+"""Beginnings of metrics that say how, not what, was computed."""
+
+
 class Gap(NamedTuple):
     """How far two runs are from each other.
 
@@ -126,7 +130,7 @@ def compare(first: tuple[Path, str], second: tuple[Path, str]) -> Gap:
     worst = (0.0, ("", 0))
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
-        for name in row.keys() - {n for n in row if n.startswith(("time/", "throughput/"))}:
+        for name in row.keys() - {n for n in row if n.startswith(OF_THE_MACHINE)}:
             value, its = row[name], other[name]
             if value is None or its is None:
                 gap = 0.0 if value is its else math.inf

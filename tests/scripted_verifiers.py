@@ -22,8 +22,8 @@ def scripted(response, answer, *, question=None):
         sys.exit(argument)
     elif command == "segfault":
         ctypes.string_at(0)
-    elif command == "terminate":
-        os.kill(os.getpid(), signal.SIGTERM)
+    elif command == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
     elif command == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif command == "hog":

@@ -66,7 +66,7 @@ def test_shared_regions_are_the_same_in_every_file(name):
 @each(*NAMES)
 def test_a_file_is_short_and_imports_no_other(name):
     source = (ROOT / "algos" / f"{name}.py").read_text()
-    assert len(source.splitlines()) <= (390 if name == "ppo" else 345)
+    assert len(source.splitlines()) <= (395 if name == "ppo" else 345)
     for node in ast.walk(ast.parse(source)):
         imported = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
         imported.append(getattr(node, "module", "") or "")

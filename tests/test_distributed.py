@@ -236,9 +236,9 @@ def test_out_of_memory_in_a_sharded_module_stops_the_run_by_name():
     plan = BatchPlan(sharded, questions=2, group_size=2, updates=1, epochs=1, max_tokens=77, seed=0)
     updates = Updates(plan, torch.nn.Linear(1, 1), None, max_grad_norm=1.0)
     micro = SimpleNamespace(last=False, mask=torch.ones(3, 4))
-    message = "out of memory in a micro-batch of 12 response tokens"
+    message = "rank 0 is out of memory in a micro-batch of at most 77 tokens"
     with (
-        pytest.raises(TrainingError, match=f"{message}.*--micro-batch-tokens 77"),
+        pytest.raises(TrainingError, match=f"{message}.*--micro-batch-tokens 38"),
         updates.micro_step(micro),
     ):
         raise torch.OutOfMemoryError

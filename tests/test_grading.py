@@ -89,7 +89,7 @@ def test_waiting_is_not_computing(grader):
         ("exit 3", "the worker died: exit status 3"),
         ("exit 0", "the worker died: exit status 0"),
         ("segfault", "the worker died: SIGSEGV"),
-        ("terminate", "the worker died: SIGTERM"),
+        ("signal", "the worker died: SIGUSR1"),
         (f"hog {5 * 2**30}", "out of memory"),
         ("raise boom", "ValueError: boom"),
         ("sys.exit boom", "SystemExit: boom"),
