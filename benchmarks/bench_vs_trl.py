@@ -60,8 +60,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def make_random_model(folder: Path, eos_logit: float) -> None:
     """Save a random model with the tiny one's tokenizer and shape, twice as wide.
 
-    All tokens are about as likely as each other, but EOS, whose logit is higher by ``eos_logit``:
-    that one channel says, which is the same in all tokens' embeddings.
+    All tokens are about as likely as each other, but EOS, whose logit differs by ``eos_logit``:
+    one channel of the embedding says so, which is the same for all other tokens.
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
@@ -148,7 +148,9 @@ class TrlCounts:
     def __init__(self) -> None:
         self.tokens = 0
 
-    def __call__(self, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def __call__(
+        self, completions: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
         self.tokens += sum(map(len, completion_ids))
         return [float(len(text) % 2) for text in completions]
 
