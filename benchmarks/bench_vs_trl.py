@@ -53,7 +53,7 @@ OURS, TRL = "lmrl_env", "trl"
 SETTINGS: dict[str, dict[str, Any]] = {
     "R1 prompts": {"template": "r1", "budget": 32, "eos_logit": -30.0},
     "14-token prompts": {"template": "none", "budget": 32, "eos_logit": -30.0},
-    "R1 prompts, natural lengths": {"template": "r1", "budget": 96, "eos_logit": 2.8},
+    "R1 prompts, natural lengths": {"template": "r1", "budget": 96, "eos_logit": 3.3},
 }
 
 
@@ -73,9 +73,9 @@ def make_random_model(folder: Path, eos_logit: float) -> None:
     )
     model = LlamaForCausalLM(config)
     weights = model.model.embed_tokens.weight.data
-    weights[:, 0] = 1.0  # the loudest channel by far: its norm is √H, whatever the layers add
+    weights[:, 0] = 5.0  # the loudest channel by far: √H after the norm, whatever layers add
     model.model.norm.weight.data[0] = 1 / config.hidden_size**0.5
-    weights[tokenizer.eos_token_id, 0] = 1.0 + eos_logit
+    weights[tokenizer.eos_token_id, 0] += eos_logit
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -354,8 +354,11 @@ def measure_alone(name: str, side: str, steps: int, dtype: str) -> dict[str, flo
 @click.option("--setting", "names", multiple=True, type=click.Choice(list(SETTINGS)))
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
+@click.option("--memory/--no-memory", default=True, show_default=True)
 @click.option("--only", type=click.Choice([OURS, TRL]), hidden=True)
-def main(steps: int, names: tuple[str, ...], dtype: str, threads: int, only: str | None) -> None:
+def main(
+    steps: int, names: tuple[str, ...], dtype: str, threads: int, memory: bool, only: str | None
+) -> None:
     """Measure whole training steps, side by side."""
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
@@ -366,10 +369,9 @@ def main(steps: int, names: tuple[str, ...], dtype: str, threads: int, only: str
         if only:
             print(json.dumps(figures[name]))
             return
-        figures[name]["memory"] = {
-            side: measure_alone(name, side, 3, dtype) for side in (OURS, TRL)
-        }
         print(name, json.dumps(figures[name], indent=2), flush=True)
+        for side in (OURS, TRL) if memory else ():
+            figures[name][f"memory_{side}"] = measure_alone(name, side, 3, dtype)
     record.write("vs_trl", {"steps": steps, "dtype": dtype, "threads": threads, **figures})
 
 

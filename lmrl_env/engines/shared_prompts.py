@@ -73,8 +73,10 @@ class SharedPromptCache(BudgetCache):
         place[order] = torch.arange(len(line), device=line.device)
         self._shape = len(counts), int(counts.max())
         self._cell = line * self._shape[1] + place - (counts.cumsum(0) - counts)[line]
+        rows = torch.arange(len(line), device=line.device)
         self._row = torch.zeros(len(counts) * self._shape[1], dtype=torch.int64, device=line.device)
-        self._row[self._cell] = torch.arange(len(line), device=line.device)
+        self._row[self._cell] = rows
+        self._is_grid = torch.equal(self._row, rows)  # as long as no row has ended
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
@@ -102,14 +104,14 @@ class SharedPromptCache(BudgetCache):
         scores = torch.cat([self._to_rows(prompt_scores), query @ key.transpose(2, 3)], dim=-1)
         weights = scores.softmax(-1).to(value.dtype)
         of_prompts = self._to_rows(self._to_grid(weights[..., :width]) @ prompt_values)
-        return (of_prompts + weights[..., width:] @ value).view(r, 1, heads, d)
+        return (of_prompts + weights[..., width:] @ value).reshape(r, 1, heads, d)
 
     def _to_grid(self, rows: Tensor) -> Tensor:
         """Lay (r, h, q, x) out as (lines, h, cells of a line · q, x)."""
-        grid = rows[self._row].unflatten(0, self._shape)
-        return grid.transpose(1, 2).flatten(2, 3)
+        cells = rows if self._is_grid else rows[self._row]
+        return cells.unflatten(0, self._shape).transpose(1, 2).flatten(2, 3)
 
     def _to_rows(self, grid: Tensor) -> Tensor:
         """Return the rows of a grid."""
         cells = grid.unflatten(2, (self._shape[1], -1)).transpose(1, 2).flatten(0, 1)
-        return cells[self._cell]
+        return cells if self._is_grid else cells[self._cell]
