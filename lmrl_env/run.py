@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lmrl_env.allocator import keep_freed_memory
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.checkpoint import (
     OPTIMIZER_FILE,
@@ -105,6 +106,7 @@ class Run:
                 f"--run-dir {args.run_dir!r} already holds a run: name another folder, or go on "
                 f"with --resume {args.run_dir}"
             )
+        keep_freed_memory()
         self.accelerator = make_accelerator(args.device, args.dtype, args.tracker, args.run_dir)
         self.is_main = self.accelerator.is_main_process
         self.plan = BatchPlan(

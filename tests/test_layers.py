@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "types", "allocator"),
     (
         "templates",
         "math_equality",
