@@ -5,9 +5,10 @@
 A micro-batch of the default job's shape, R1 prompts of 150 tokens and 16 × 8 responses of varied
 lengths, through `Policy` and through a plain forward of every padded prompt with its response. The
 floor is the time of the matrix products alone: 6 operations a weight and token, over the rate at
-which one of the model's own products runs in the same round. Writes `results/train_step.json` and
-`results/train_step.png`: the share of the floor over the model's width, and seconds over response
-length, group size and number of groups.
+which one of the model's layers is multiplied in the same round, forward and backward.
+
+Writes `results/train_step.json` and `results/train_step.png`: the share of the floor over the
+model's width, and seconds over response length, group size and number of groups.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import matplotlib
 import numpy as np
 import record
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from lmrl_env.allocator import keep_freed_memory
 from lmrl_env.attention import use_packed_attention
 from lmrl_env.policy import Policy, TokenBatch
 from lmrl_env.tokenizer import model_path
@@ -73,7 +74,7 @@ def policy_step(model: PreTrainedModel, batch: TokenBatch) -> Callable[[], Tenso
     policy = Policy(model, VOCABULARY)
 
     def step() -> Tensor:
-        logprobs, _ = policy(batch, temperature=1.0)
+        logprobs, _ = policy(batch, temperature=1.0, with_entropy=True)
         logprobs.mean().backward()
         return logprobs
 
@@ -107,17 +108,19 @@ def operations(model: PreTrainedModel, batch: TokenBatch) -> float:
 
 
 def matmul(width: int, tokens: int) -> Callable[[], float]:
-    """Return one of the model's products, forward and backward, which returns its operations."""
-    x = torch.randn(tokens, width, requires_grad=True)
-    weight = torch.randn(3 * width, width, requires_grad=True)
-    gradient = torch.randn(tokens, 3 * width)
+    """Return one layer's products, forward and backward, which return their operations."""
+    x, weight, gradient = (
+        torch.randn(shape) for shape in ((tokens, width), (3 * width, width), (tokens, 3 * width))
+    )
+    y, x_grad, weight_grad = (torch.empty_like(z) for z in (gradient, x, weight))
 
-    def product() -> float:
-        F.linear(x, weight).backward(gradient)
-        x.grad = weight.grad = None
+    def products() -> float:
+        torch.mm(x, weight.T, out=y)
+        torch.mm(gradient, weight, out=x_grad)
+        torch.mm(gradient.T, x, out=weight_grad)
         return 6.0 * x.numel() * 3 * width
 
-    return product
+    return products
 
 
 def seconds(step: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -193,6 +196,7 @@ def draw(figures: dict[str, Any], sweeps: dict[str, dict[int, float]]) -> None:
 def main(rounds: int, threads: int, name: str) -> None:
     """Measure the training step's forward and backward."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as a run does
     clock = time.perf_counter if name == "wall" else time.process_time
     widths = {w: at_width(w, rounds, clock) for w in track(WIDTHS, description="widths")}
     sweeps = {
