@@ -101,7 +101,8 @@ class OddLength(OutcomeReward):
     tokens = 0
 
     def outcome_rewards(self, ended: Any, truncated: Any, info: dict[str, Any]) -> list[float]:
-        OddLength.tokens += int(info["response_length"][ended].sum())
+        if self.num_envs == QUESTIONS * GROUP_SIZE:  # evaluations have one slot
+            OddLength.tokens += int(info["response_length"][ended].sum())
         return [len(response or "") % 2 for response in info["response"]]
 
 
