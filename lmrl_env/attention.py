@@ -7,7 +7,7 @@ and gradients flow back through them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,15 @@ PACKED_ATTENTION = "lmrl_packed"
 
 ROWS_AT_ONCE = 16
 """Responses that attend together: sorted by length, few of them waste little on padding."""
+
+
+class Layout(Protocol):
+    """How tokens meet that do not stand in plain rows."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Return softmax(query · keyᵀ) · value, shape (rows, tokens, heads, d)."""
 
 
 class _Rows(NamedTuple):
@@ -101,6 +110,50 @@ class PackedLayout:
             ]
         )
 
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Return softmax(query · keyᵀ) · value, prompts and responses each within their row.
+
+        Args:
+            module: the model's attention layer.
+            query: shape (1, heads, tokens, d).
+            key: as ``query``, with the model's number of key-value heads.
+            value: as ``key``.
+            scaling: multiplies the scores; 1 / √d by default.
+
+        Returns:
+            Shape (1, tokens, heads, d).
+        """
+        self.attended += 1
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+        prompts = self.prompts
+        prompt_keys, prompt_values = (_lay_out(x, prompts.tokens) for x in (keys, values))
+        outputs = []
+        for rows in (prompts, *self.responses):
+            if rows.prompts is None:
+                row_keys, row_values = prompt_keys, prompt_values
+            else:
+                row_keys, row_values = (
+                    torch.cat(
+                        [prefix.index_select(0, rows.prompts), _lay_out(x, rows.tokens)], dim=2
+                    )
+                    for prefix, x in ((prompt_keys, keys), (prompt_values, values))
+                )
+            row_queries = _lay_out(queries, rows.tokens)
+            output = _attend(
+                module,
+                row_queries,
+                row_keys,
+                row_values,
+                rows.mask,
+                scaling,
+                0.0,
+                rows.mask is None,
+            )
+            outputs.append(output.flatten(0, 1).index_select(0, rows.real))
+        return torch.cat(outputs)[None]
+
 
 def _places(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's places, 0 at padding, and which cells hold a token; both (r, k)."""
@@ -121,20 +174,20 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: PackedLayout | None = None,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend by a layout, or as Transformers' ``sdpa`` does where there is none.
 
     Args:
         module: the model's attention layer.
-        query: shape (1, heads, tokens, d) with a layout, else (rows, heads, tokens, d).
+        query: shape (rows, heads, tokens, d); one row with a ``PackedLayout``.
         key: as ``query``, with the model's number of key-value heads.
         value: as ``key``.
         attention_mask: unused with a layout.
         scaling: multiplies the scores; 1 / √d by default.
         dropout: probability of dropping a weight.
-        layout: of the packed row.
+        layout: attends in place of ``sdpa``.
         **kwargs: what else the model hands to attention functions.
 
     Returns:
@@ -155,31 +208,7 @@ def packed_attention(
         causal = attention_mask is None and query.shape[2] > 1
         return _attend(module, query, key, value, attention_mask, scaling, dropout, causal), None
 
-    layout.attended += 1
-    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-    prompts = layout.prompts
-    prompt_keys, prompt_values = _lay_out(keys, prompts.tokens), _lay_out(values, prompts.tokens)
-    outputs = []
-    for rows in (prompts, *layout.responses):
-        if rows.prompts is None:
-            row_keys, row_values = prompt_keys, prompt_values
-        else:
-            row_keys, row_values = (
-                torch.cat([prefix.index_select(0, rows.prompts), _lay_out(x, rows.tokens)], dim=2)
-                for prefix, x in ((prompt_keys, keys), (prompt_values, values))
-            )
-        output = _attend(
-            module,
-            _lay_out(queries, rows.tokens),
-            row_keys,
-            row_values,
-            rows.mask,
-            scaling,
-            dropout,
-            rows.mask is None,
-        )
-        outputs.append(output.flatten(0, 1).index_select(0, rows.real))
-    return torch.cat(outputs)[None], None
+    return layout.attend(module, query, key, value, scaling), None
 
 
 def _lay_out(packed: Tensor, places: Tensor) -> Tensor:

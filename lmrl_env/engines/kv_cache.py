@@ -64,13 +64,17 @@ class BudgetCache(Cache):
         prefilled: caches of different prompts, all of the same width.
         index: shape (r,), int64: the prompt, counted over all caches, that each row continues.
         budget: tokens to make room for.
+        with_prompts: whether to begin with the prompts, or empty.
     """
 
-    def __init__(self, prefilled: Sequence[Cache], index: Tensor, budget: int):
+    def __init__(
+        self, prefilled: Sequence[Cache], index: Tensor, budget: int, *, with_prompts: bool = True
+    ):
+        width = None if with_prompts else 0
         self._budget_layers = [
             _BudgetLayer(
-                torch.cat([part.keys for part in parts]).index_select(0, index),
-                torch.cat([part.values for part in parts]).index_select(0, index),
+                torch.cat([part.keys[:, :, :width] for part in parts]).index_select(0, index),
+                torch.cat([part.values[:, :, :width] for part in parts]).index_select(0, index),
                 budget,
             )
             for parts in zip(*(cache.layers for cache in prefilled), strict=True)

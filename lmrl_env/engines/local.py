@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lmrl_env.attention import PACKED_ATTENTION
 from lmrl_env.engines.kv_cache import BudgetCache
 from lmrl_env.engines.sampler import draw_tokens, row_uniforms
+from lmrl_env.engines.shared_prompts import SharedPromptCache
 from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError, WeightSyncError
 from lmrl_env.tokenizer import Tokenizer
 from lmrl_env.types import Completion, Sampling
@@ -230,14 +232,7 @@ class LocalEngine:
                 mask = None if mask is None else mask[kept]
             if not len(rows) or t + 1 == budget:
                 break
-            logits = self._model(
-                input_ids=drawn[:, None],
-                attention_mask=None if mask is None else mask[:, : cache.get_seq_length() + 1],
-                position_ids=positions[:, None] + t,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1, : self._tokenizer.vocab_size]
+            logits = self._decode(drawn, positions + t, cache, mask)
 
         if not np.isfinite(logprobs).all():
             raise EngineError(
@@ -253,6 +248,28 @@ class LocalEngine:
             )
             for i, (k, stop) in enumerate(zip(lengths, stopped, strict=True))
         ]
+
+    def _decode(
+        self, tokens: Tensor, positions: Tensor, cache: BudgetCache, mask: Tensor | None
+    ) -> Tensor:
+        """Return the logits after one more token a row, (r, V)."""
+        layout = {"layout": cache} if isinstance(cache, SharedPromptCache) else {}
+        logits = self._model(
+            input_ids=tokens[:, None],
+            attention_mask=None if mask is None else mask[:, : cache.get_seq_length() + 1],
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **layout,
+        ).logits[:, -1, : self._tokenizer.vocab_size]
+        if isinstance(cache, SharedPromptCache) and cache.attended < len(cache.layers):
+            raise EngineError(
+                f"{type(self._model).__name__} attended to the prompts in {cache.attended} of "
+                f"{len(cache.layers)} layers: expected all; call "
+                "model.set_attn_implementation('sdpa')"
+            )
+        return logits
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], budget: int
@@ -287,12 +304,14 @@ class LocalEngine:
                 logits_to_keep=1,
             )
             logits.append(output.logits[:, -1, : self._tokenizer.vocab_size])
-        return (
-            torch.cat(logits)[index],
-            BudgetCache(caches, index, budget),
-            None if is_token is None else is_token.to(device)[index],
-            lengths.to(device)[index],
-        )
+        if is_token is not None:
+            is_token = is_token.to(device)
+        first, positions = torch.cat(logits)[index], lengths.to(device)[index]
+        if self._model.config.get_text_config()._attn_implementation == PACKED_ATTENTION:
+            real = None if is_token is None else is_token[:, :width]
+            return first, SharedPromptCache(caches, index, budget, real), None, positions
+        mask = None if is_token is None else is_token[index]
+        return first, BudgetCache(caches, index, budget), mask, positions
 
 
 @contextmanager
