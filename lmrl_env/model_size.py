@@ -165,7 +165,7 @@ def training_memory(
             if checkpointing
             else f"{tokens:,} tokens × {size.layers} layers × {block:,} × {activation} B",
         ),
-        Memory("logits", 4 * logits * 4, f"4 × {logits:,} × 4 B"),
+        Memory("logits", 3 * logits * 4, f"3 × {logits:,} × 4 B"),
     ]
     if reference:
         items.insert(1, Memory("reference", parameters * 4, f"{parameters:,} × 4 B"))

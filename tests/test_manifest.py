@@ -218,7 +218,7 @@ def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(hidden,
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         Policy(model, 64)(batch, temperature=1.0, with_entropy=True)
-    logits = 2 * groups * group_size * response * 64 * 4
+    logits = groups * group_size * response * 64 * 4
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - logits
     tokens = groups * prompt + groups * group_size * (response - 1)
     block = 10 * hidden + 4 * (keys * hidden // 4) + 4 * inner
