@@ -133,7 +133,6 @@ class Run:
             seed=args.seed,
             report=self._report_fault,
         )
-        self._stop_request = StopRequest()
         self._resumption = Resumption(
             self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
         )
@@ -141,7 +140,10 @@ class Run:
         seed_generators(args.seed)
         transformers_logging.disable_progress_bar()
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
+        self._stop_request = StopRequest()
         self._stack = ExitStack()
+        self._stack.callback(self._stop_request.close)
+        self._stack.callback(self.folder.unlock)
         self._started = time.perf_counter()
         self._stopping = False
         self._warned = False
@@ -215,6 +217,7 @@ class Run:
         if self.args.dry_run:
             for each in envs:
                 each.close()
+            self._close()
             shutdown(self.accelerator)
             raise SystemExit(0)
 
@@ -624,11 +627,9 @@ class Run:
             each.close()
         if self.is_main:
             self._summarize()
-        self.folder.unlock()
-        self._stop_request.close()
 
     def _close(self) -> None:
-        """Close environments, engine and display; a second call does nothing."""
+        """Close environments, engine, display, lock and signals; a second call does nothing."""
         atexit.unregister(self._break_off)
         self._stack.close()
 
