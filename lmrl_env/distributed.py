@@ -270,7 +270,10 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
 
 def all_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
     """Return the items of all ranks, in the order of ranks."""
-    return gather_object(items) if accelerator.num_processes > 1 else items
+    if accelerator.num_processes == 1:
+        return items
+    with waiting(accelerator.device):
+        return gather_object(items)
 
 
 def shutdown(accelerator: Accelerator) -> None:

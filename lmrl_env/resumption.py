@@ -62,7 +62,9 @@ class Resumption:
         changed = changed_settings(folder.config, settings) if self._resumed else {}
         self._changed = {name: list(values) for name, values in changed.items()}
         found: int | None = None
-        if accelerator.is_main_process and not settings["dry_run"]:
+        if accelerator.is_main_process and settings["dry_run"]:  # which leaves the folder as it is
+            found = max(folder.checkpoints.steps, default=None) if self._resumed else None
+        elif accelerator.is_main_process:
             folder.lock()
             if self._resumed:
                 found, self._damaged = folder.checkpoints.recover()

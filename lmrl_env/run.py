@@ -126,15 +126,20 @@ class Run:
             seed=args.seed,
             report=self._report_fault,
         )
-        self._stop_request = StopRequest()
-        self._resumption = Resumption(
-            self.folder, self.accelerator, {**vars(args), "algorithm": self.algorithm}
-        )
+        self._stop_request = StopRequest()  # before the first file: from then on work can be lost
+        self._stack = ExitStack()
+        self._stack.callback(self._stop_request.close)
+        self._stack.callback(self.folder.unlock)
+        settings = {**vars(args), "algorithm": self.algorithm}
+        try:
+            self._resumption = Resumption(self.folder, self.accelerator, settings)
+        except BaseException:
+            self._stack.close()
+            raise
         self.checkpoint, self.last_step = self._resumption.checkpoint, self._resumption.step
         seed_generators(args.seed)
         transformers_logging.disable_progress_bar()
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
-        self._stack = ExitStack()
         self._started = time.perf_counter()
         self._stopping = False
         self._warned = False
@@ -162,6 +167,7 @@ class Run:
         if self.args.dry_run:
             for each in envs:
                 each.close()
+            self._close()
             shutdown(self.accelerator)
             raise SystemExit(0)
 
@@ -520,11 +526,9 @@ class Run:
             self._summarize()
 
     def _close(self) -> None:
-        """Close what is open, and let go of signals and folder; a second call does nothing."""
+        """Close environments, engine, display, lock and signals; a second call does nothing."""
         atexit.unregister(self._break_off)
         self._stack.close()
-        self._stop_request.close()
-        self.folder.unlock()
 
     def _break_off(self) -> None:
         """Close everything after an error, and say what there is to go on with."""

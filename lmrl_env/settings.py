@@ -58,6 +58,11 @@ def check_settings(args: Any, ranks: int) -> None:
         except ConfigurationError as error:
             problems.append(str(error))
     problems += batch_problems(args.prompts_per_step, ranks, args.updates_per_step)
+    if bool(args.servers) != (args.engine == "vllm_server"):
+        problems.append(
+            f"--servers {args.servers} with --engine {args.engine}: expected URLs of servers with "
+            "--engine vllm_server, such as http://127.0.0.1:8000, and none with another engine"
+        )
     context = load_tokenizer(args.model).context_length
     if args.max_new_tokens >= context:
         problems.append(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 
 import numpy as np
@@ -259,8 +260,10 @@ def test_a_dry_run_loads_no_weights_and_ends_with_0(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "lmrl_env.run_setup.load_model", lambda *args, **kwargs: pytest.fail("loaded")
     )
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "run", dry_run=True)
+    assert signal.getsignal(signal.SIGINT) == before
     assert ended.value.code == 0 and not (tmp_path / "run").exists()
 
 
@@ -304,6 +307,15 @@ def test_settings_that_contradict_each_other_are_told_all_at_once_with_the_arith
         "the context of tiny leaves 8192 - 9000 = -808 tokens for a question",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "settings", [{"engine": "vllm_server"}, {"engine": "local", "servers": "http://127.0.0.1:8000"}]
+)
+def test_an_engine_without_its_servers_and_servers_without_their_engine_are_refused(settings):
+    with pytest.raises(ConfigurationError, match=r"^--servers .* with --engine .*: expected"):
+        check_settings(Args(**settings), ranks=1)
+    check_settings(Args(engine="vllm_server", servers="http://127.0.0.1:8000"), ranks=1)
 
 
 def test_a_single_contradiction_stands_alone():

@@ -208,6 +208,8 @@ def test_the_settings_of_another_run_are_refused(finished, tmp_path, setting):
     folder = copy(finished, tmp_path)
     before = (folder / "config.json").read_text()
     ((name, value),) = setting.items()
+    with pytest.raises(ConfigurationError, match=f"cannot go on with --{name.replace('_', '-')}"):
+        train(folder, steps=5, dry_run=True, **setting)
     message = f"--resume cannot go on with --{name.replace('_', '-')} {value} (the run: "
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         train(folder, **setting)

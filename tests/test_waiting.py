@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lmrl_env.engines import vllm_ranks
 from lmrl_env.errors import RankError
 from lmrl_env.waiting import begin_waiting, phase, waiting
 
@@ -126,6 +127,18 @@ def test_where_the_rank_that_kept_the_phases_dies_they_are_unknown():
     ((rank, (kind, message)),) = run_ranks(behave, has_store=0)[0].items()
     assert rank == 1 and kind is RankError
     assert "rank 1 of 2, in the phase" in message and "phases are unknown" in message
+
+
+@pytest.mark.parametrize("wait", [vllm_ranks.barrier, lambda: vllm_ranks.from_first("stamp")])
+def test_the_waits_of_ranks_that_share_servers_name_rank_and_phase_too(wait):
+    def behave(rank):
+        meet()
+        if rank == 0:
+            kill()
+        wait()
+
+    (kind, message) = run_ranks(behave)[0][1]
+    assert kind is RankError and message.startswith("rank 1 of 2, in the phase 'start'")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("3")])

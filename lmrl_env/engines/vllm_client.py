@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmrl_env.errors import ConfigurationError, EngineError
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 """Longest wait for a server to accept a connection, or to answer a question about itself."""
@@ -172,6 +175,8 @@ class VllmClient:
                         f"no server after {seconds:g} s of waiting for it to start: {error}; "
                         "start it with `lmrl serve MODEL`, and check host and port"
                     ) from error
+                if pause == FIRST_PAUSE:
+                    logger.warning("%s; waiting up to %g s for it to start", error, seconds)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

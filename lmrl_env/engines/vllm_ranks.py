@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from lmrl_env.waiting import waiting
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,8 @@ def is_first() -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if _several():
-        dist.barrier()
+        with waiting():
+            dist.barrier()
 
 
 def from_first(value: T) -> T:
@@ -29,5 +32,6 @@ def from_first(value: T) -> T:
     if not _several():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    with waiting():
+        dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -157,11 +157,13 @@ def test_a_server_that_does_not_answer_is_named_with_the_phase(fakes, connect, m
         generate(engine, n=1)
 
 
-def test_no_server_at_the_start_is_named_with_the_phase(connect):
+def test_no_server_at_the_start_is_named_with_the_phase(connect, caplog):
     with pytest.raises(
         EngineError, match=r"0\.2 s of waiting for it to start: http://127.*lmrl serve"
     ):
         connect("http://127.0.0.1:9", deadline=0.2)
+    (said,) = caplog.messages  # at the first of its tries, lest the wait look like a hang
+    assert said.endswith("waiting up to 0.2 s for it to start")
 
 
 def test_a_failed_call_breaks_off_its_other_requests(fakes, connect):
