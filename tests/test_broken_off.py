@@ -60,7 +60,7 @@ def test_an_error_in_the_loop_closes_everything_and_names_the_last_checkpoint(
     assert closed[0] == "LocalEngine" and closed.count("TokenVectorEnv") >= 2
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     said = " ".join(capsys.readouterr().out.split())
-    assert "broken off in step 2: the last checkpoint is of step 1" in said
+    assert f"broken off in step 2: the last checkpoint is {folder}/checkpoints/step-1" in said
     assert f"go on with: python {sys.argv[0]} --resume {folder}" in said
 
 
