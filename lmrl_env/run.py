@@ -363,7 +363,7 @@ class Run:
         """Return a batch of this rank.
 
         With ``--async-depth 1`` the next step's is begun at once, and is sampled by the weights of
-        now while this one is trained on.
+        now while this one is trained on. Otherwise the engine sleeps until the weights are synced.
 
         Args:
             envs: to play in.
@@ -371,7 +371,10 @@ class Run:
             refill: number of a further rollout of the step.
         """
         if not self.args.async_depth:
-            return self._play(envs, step, refill)
+            self._engine.wake()
+            batch = self._play(envs, step, refill)
+            self._engine.sleep()
+            return batch
         begun = None if refill else self._next_batch
         future = begun or self._sampler.submit(self._play, envs, step, refill)
         if not refill:
@@ -494,6 +497,7 @@ class Run:
     def _sync_weights(self, policy: nn.Module) -> float:
         if self._next_batch is not None:
             self._next_batch.result()  # the engine is busy until then
+        self._engine.wake()
         return sync_weights(
             self.accelerator,
             policy,
@@ -608,7 +612,10 @@ class Run:
         """Put random states back, and the batch that was sampled ahead."""
         restore_random_states(folder, self.accelerator.process_index)
         ahead = read_ahead(folder)
-        if ahead is None or not self.args.async_depth or self.last_step == self.args.steps:
+        if not self.args.async_depth or self.last_step >= self.args.steps:
+            return
+        if ahead is None:
+            self._show("from here on not the same bit for bit: no batch had been sampled ahead")
             return
         if ahead.mask.shape[1] != self.args.max_new_tokens:
             self._show("the batch sampled ahead has another --max-new-tokens: sampling a new one")
