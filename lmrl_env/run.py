@@ -303,7 +303,7 @@ class Run:
         """Return a batch of this rank.
 
         With ``--async-depth 1`` the next step's is begun at once, and is sampled by the weights of
-        now while this one is trained on.
+        now while this one is trained on. Otherwise the engine sleeps until the weights are synced.
 
         Args:
             envs: to play in.
@@ -390,6 +390,7 @@ class Run:
 
     def _sync_weights(self, policy: nn.Module) -> float:
         self._sampler.wait()  # the engine is busy until then
+        self._engine.wake()
         return sync_weights(
             self.accelerator,
             policy,
@@ -506,7 +507,10 @@ class Run:
         """Put random states back, and the batch that was sampled ahead."""
         restore_random_states(folder, self.accelerator.process_index)
         ahead = read_ahead(folder)
-        if ahead is None or not self.args.async_depth or self.last_step == self.args.steps:
+        if not self.args.async_depth or self.last_step >= self.args.steps:
+            return
+        if ahead is None:
+            self._show("from here on not the same bit for bit: no batch had been sampled ahead")
             return
         if ahead.mask.shape[1] != self.args.max_new_tokens:
             self._show("the batch sampled ahead has another --max-new-tokens: sampling a new one")

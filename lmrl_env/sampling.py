@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class BatchSampler:
-    """Plays the rollouts of a rank.
+    """Plays the rollouts of a rank; the engine sleeps in between.
 
-    One step ahead, the next batch is begun as soon as one is handed out, and is sampled by the
-    weights of then while that one is trained on.
+    One step ahead it does not: the next batch is begun as soon as one is handed out, and is
+    sampled by the weights of then while that one is trained on.
 
     Args:
         engine: samples.
@@ -57,14 +57,17 @@ class BatchSampler:
             refill: number of a further rollout of the step.
         """
         if self._thread is None:
-            return self._play(envs, step, refill)
+            self._engine.wake()
+            batch = self._play(envs, step, refill)
+            self._engine.sleep()  # the training may need its memory
+            return batch
         if refill:
             return self._thread.submit(self._play, envs, step, refill).result()
-        batch = self._next or self._thread.submit(self._play, envs, step, 0)
+        begun = self._next or self._thread.submit(self._play, envs, step, 0)
         self._next = None
         if step < self._steps:
             self._next = self._thread.submit(self._play, envs, step + 1, 0)
-        return batch.result()
+        return begun.result()
 
     def _play(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int) -> Rollout:
         return rollout(

@@ -323,3 +323,11 @@ def test_two_ranks_go_on_with_the_run_of_one(finished, tmp_path):
         if expected is not None:  # a mean over nothing
             expected = pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert mine[key] == expected, key
+
+
+def test_a_run_with_nothing_sampled_ahead_says_that_it_goes_on_otherwise(
+    finished, tmp_path, capsys
+):
+    train(copy(finished, tmp_path), steps=5, async_depth=1)
+    said = capsys.readouterr().out
+    assert "not the same bit for bit: no batch had been sampled ahead" in said

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from algos.dr_grpo import Args, main
+from lmrl_env.engines.local import LocalEngine
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.rollout import Rollout
 from lmrl_env.tokenizer import TINY_MODEL
@@ -293,3 +294,31 @@ def test_one_batch_ahead_is_sampled_by_weights_of_one_step_before(tmp_path):
 
 def test_without_a_batch_ahead_samples_are_those_of_the_newest_weights(finished):
     assert all(row["sampling/staleness"] == 0 for row in rows(finished)[1:])
+
+
+@pytest.mark.parametrize("async_depth", [0, 1])
+def test_the_engine_sleeps_while_its_batch_is_trained_on_unless_it_samples_then(
+    tmp_path, monkeypatch, async_depth
+):
+    did = []
+    for name in ("sleep", "wake", "generate", "update_weights"):
+        original = getattr(LocalEngine, name)
+
+        def noted(self, *args, original=original, name=name, **kwargs):
+            did.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(LocalEngine, name, noted)
+    stepped = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args, **kwargs: did.append("step") or stepped(*args)
+    )
+    train(tmp_path / "run", steps=2, eval_every=0, async_depth=async_depth)
+    if async_depth:
+        assert "sleep" not in did
+        return
+    asleep = False
+    for name in did:
+        asleep = name == "sleep" or (asleep and name != "wake")
+        assert asleep == (name in ("sleep", "step")), did
+    assert did.count("sleep") == 2

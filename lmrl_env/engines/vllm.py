@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmrl_env import memory
 from lmrl_env.engines.vllm_requests import (
     check_request,
     make_completion,
@@ -211,6 +212,7 @@ class VllmEngine:
     def wake(self) -> None:
         """Be ready to generate again, with the weights of before."""
         if self._asleep and not self._on_cpu:
+            memory.release()  # what training left in its allocator's cache
             self._llm.wake_up()
         self._asleep = False
 
