@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "types"),
     (
+        "memory",
+        "waiting",
         "templates",
         "math_equality",
         "plain_formulas",
@@ -31,10 +33,8 @@ LAYERS = (
         "policy",
         "critic",
         "batches",
-        "waiting",
         "sharding",
         "distributed",
-        "memory",
         "updates",
         "batch_plan",
         "weight_sync",

@@ -119,7 +119,7 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(finished, tmp_path,
 
 
 STOPS = {
-    "the model is loaded": ("lmrl_env.run:load_model", 1, 0),
+    "the model is loaded": ("lmrl_env.run_setup:load_model", 1, 0),
     "it samples": ("lmrl_env.engines.local:LocalEngine.generate", 5, 2),
     "a checkpoint is written": ("lmrl_env.training_state:save_model", 1, 3),
 }
