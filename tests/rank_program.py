@@ -311,14 +311,17 @@ def main(folder: str, *jobs: str) -> None:
     run.plot_curves = lambda *args: None
     run.Run.save = lambda *args: None
     # One group for all jobs: torchrun's store keeps the addresses of the first.
-    end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    dist.destroy_process_group = lambda: None
     for job in jobs:
         if job == "fully_shard":
             compare_fully_sharded(Path(folder))
         else:
             train(Path(folder), job)
     if dist.is_initialized():
-        end()
+        dist.barrier()
+    # Gloo may abort while it is taken down beside modules of so many jobs; all is written by now.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
