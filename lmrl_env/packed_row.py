@@ -13,6 +13,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,27 +25,26 @@ ROWS_AT_ONCE = 16
 """Responses that attend together: sorted by length, few of them waste little on padding."""
 
 
+Integers = npt.NDArray[np.int64]
+
+
 class _Rows(NamedTuple):
     """Rows that attend together, padded to the longest of them.
 
     Attributes:
         tokens: shape (r, k), int64: places of the tokens in the packed row; 0 at padding.
-        real: shape (t,), int64: which of the r·k cells hold a token.
-        padding: shape (r, k), bool: which cells hold none.
+        real: shape (r, k), bool: which cells hold a token.
         prompts: shape (r,), int64: the prompt that each row continues; none for the prompts.
     """
 
-    tokens: Tensor
-    real: Tensor
-    padding: Tensor
-    prompts: Tensor
-
-    def to(self, device: torch.device) -> _Rows:
-        return _Rows(*(to_device(tensor, device) for tensor in self))
+    tokens: Integers
+    real: npt.NDArray[np.bool_]
+    prompts: Integers
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device, which is not waited for."""
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, which is not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -53,10 +54,10 @@ class PackedLayout:
     """Places of tokens in one row without padding: the prompts, then the responses to each.
 
     Args:
-        prompt_lengths: shape (q,), int64, at least 1, on the CPU like all of these.
+        prompt_lengths: shape (q,), int64, at least 1.
         prompt_index: shape (n,), int64: the prompt that each response continues.
         response_lengths: shape (n,), int64, may be 0.
-        device: of the tokens; of all attributes but the starts, which are on the CPU.
+        device: of the tokens.
 
     Attributes:
         prompt_starts: shape (q,), int64: place of each prompt's first token.
@@ -66,66 +67,80 @@ class PackedLayout:
 
     def __init__(
         self,
-        prompt_lengths: Tensor,
-        prompt_index: Tensor,
-        response_lengths: Tensor,
+        prompt_lengths: Integers,
+        prompt_index: Integers,
+        response_lengths: Integers,
         device: torch.device | str = "cpu",
     ):
         self.attended = 0
         self.device = torch.device(device)
-        order = prompt_index.argsort(stable=True)
-        lengths = response_lengths[order]
-        self.prompt_starts = prompt_lengths.cumsum(0) - prompt_lengths
-        starts = prompt_lengths.sum() + lengths.cumsum(0) - lengths
-        self.response_starts = torch.empty_like(starts).scatter(0, order, starts)
-        rows, columns = cells(lengths)
+        order = prompt_index.argsort(kind="stable")
+        ends = np.concatenate([prompt_lengths, response_lengths[order]]).cumsum()
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+        q = len(prompt_lengths)
+        self.prompt_starts = starts[:q]
+        self.response_starts = np.empty_like(response_lengths)
+        self.response_starts[order] = starts[q:]
+        rows, columns = cells(response_lengths[order])
         self._cells = [
             to_device(x, self.device) for x in (*cells(prompt_lengths), order[rows], columns)
         ]
 
-        ends = torch.cat([prompt_lengths, _sums(lengths, prompt_index[order], prompt_lengths)])
-        bounds = [0, *ends.cumsum(0).tolist()]
+        of_prompt = np.zeros_like(prompt_lengths)  # response tokens
+        np.add.at(of_prompt, prompt_index, response_lengths)
+        bounds = np.concatenate([[0], prompt_lengths, of_prompt]).cumsum().tolist()
         slices = [slice(a, b) for a, b in pairwise(bounds)]
-        q = len(prompt_lengths)
         self._groups = list(zip(slices[:q], slices[q:], strict=True))
 
-        self._prompts = _rows(self.prompt_starts, prompt_lengths, torch.arange(q)[:0])
-        longest_first = response_lengths.argsort(descending=True, stable=True)
+        self._prompts = _rows(self.prompt_starts, prompt_lengths, prompt_index[:0])
+        longest_first = (-response_lengths).argsort(kind="stable")
         self._responses = [
             _rows(self.response_starts[rows], response_lengths[rows], prompt_index[rows])
-            for rows in longest_first.split(ROWS_AT_ONCE)
-            if response_lengths[rows[0]] > 0
+            for rows in np.split(
+                longest_first, range(ROWS_AT_ONCE, len(longest_first), ROWS_AT_ONCE)
+            )
+            if response_lengths[rows].any()
         ]
 
     @cached_property
     def _plan(self) -> PrefixPlan:
-        tokens = [rows.tokens.flatten() for rows in self._responses]
-        padding = [rows.padding.flatten() for rows in self._responses]
-        cells = torch.cat(tokens or [torch.zeros(0, dtype=torch.int64)])
-        is_padding = torch.cat(padding or [torch.zeros(0, dtype=torch.bool)])
-        (taken,) = (~is_padding).nonzero(as_tuple=True)
+        """What attends to what, by the normalisers."""
+        nothing = np.zeros(0, dtype=np.int64)
+        cells = np.concatenate([nothing, *(rows.tokens.ravel() for rows in self._responses)])
+        real = np.concatenate([nothing > 0, *(rows.real.ravel() for rows in self._responses)])
+        (taken,) = real.nonzero()
+        prompt_tokens = self._groups[-1][0].stop
         return PrefixPlan(
             groups=self._groups,
-            responses=slice(len(self._prompts.real), len(self._prompts.real) + len(taken)),
+            responses=slice(prompt_tokens, prompt_tokens + len(taken)),
             blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in self._responses],
-            cells=cells,
-            padding=is_padding,
-            real=taken[cells[taken].argsort()],
+            cells=to_device(cells, self.device),
+            padding=to_device(~real, self.device),
+            real=to_device(taken[cells[taken].argsort()], self.device),
         )
 
     @cached_property
-    def _masked(self) -> tuple[_Rows, list[tuple[_Rows, Tensor]], Tensor]:
-        """Prompts, responses with what they attend to, and the order of their tokens."""
-        responses, places = [], [torch.arange(len(self._prompts.real))]
-        for rows in self._responses:
+    def _copies(self) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], Tensor]:
+        """What attends to what, by copies of the prompts' keys.
+
+        For the prompts, then for each block of responses, tokens (r, k), cells that hold one,
+        prompts and mask; and the order of their tokens in the packed row.
+        """
+        blocks: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        places = []
+        for rows in (self._prompts, *self._responses):
             r, k = rows.tokens.shape
-            prefix = ~self._prompts.padding[rows.prompts][:, None, None].expand(r, 1, k, -1)
-            causal = torch.ones(k, k, dtype=torch.bool).tril().expand(r, 1, k, k)
-            mask = to_device(torch.cat([prefix, causal], dim=-1), self.device)
-            responses.append((rows.to(self.device), mask))
-            places.append(rows.tokens.flatten()[rows.real])
-        order = torch.cat(places).argsort()
-        return self._prompts.to(self.device), responses, to_device(order, self.device)
+            (taken,) = rows.real.ravel().nonzero()
+            places.append(rows.tokens.ravel()[taken])
+            prompts = mask = None
+            if rows is not self._prompts:
+                prefix = np.repeat(self._prompts.real[rows.prompts][:, None], k, axis=1)
+                causal = np.broadcast_to(np.tri(k, dtype=bool), (r, k, k))
+                mask = to_device(np.concatenate([prefix, causal], axis=-1)[:, None], self.device)
+                prompts = to_device(rows.prompts, self.device)
+            tokens, real = (to_device(x, self.device) for x in (rows.tokens, taken))
+            blocks.append((tokens, real, prompts, mask))
+        return blocks, to_device(np.concatenate(places).argsort(), self.device)
 
     def pack(self, prompts: Tensor, responses: Tensor) -> Tensor:
         """Return the packed row of what belongs to the tokens.
@@ -134,7 +149,7 @@ class PackedLayout:
             prompts: shape (q, at least P), left-aligned.
             responses: shape (n, at least K), left-aligned.
 
-        >>> layout = PackedLayout(torch.tensor([2, 1]), torch.tensor([1, 0]), torch.tensor([1, 2]))
+        >>> layout = PackedLayout(np.array([2, 1]), np.array([1, 0]), np.array([1, 2]))
         >>> layout.pack(torch.tensor([[1, 2], [3, 0]]), torch.tensor([[4, 0], [5, 6]])).tolist()
         [1, 2, 3, 5, 6, 4]
         >>> layout.response_starts.tolist()
@@ -168,45 +183,40 @@ class PackedLayout:
         self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor,
         scaling: float | None,
     ) -> Tensor:  # fmt: skip
-        prompts, responses, order = self._masked
-        prompt_keys, prompt_values = (_lay_out(x, prompts.tokens) for x in (keys, values))
-        output = attend_by_sdpa(
-            module, _lay_out(queries, prompts.tokens), prompt_keys, prompt_values, None, scaling,
-            is_causal=True,
-        )  # fmt: skip
-        outputs = [output.flatten(0, 1).index_select(0, prompts.real)]
-        for rows, mask in responses:
-            row_keys, row_values = (
-                torch.cat([prefix.index_select(0, rows.prompts), _lay_out(x, rows.tokens)], dim=2)
-                for prefix, x in ((prompt_keys, keys), (prompt_values, values))
+        blocks, order = self._copies
+        tokens = blocks[0][0]
+        prompt_keys, prompt_values = (_lay_out(x, tokens) for x in (keys, values))
+        outputs = []
+        for tokens, real, prompts, mask in blocks:
+            row_queries, row_keys, row_values = (
+                _lay_out(x, tokens) for x in (queries, keys, values)
             )
-            row_queries = _lay_out(queries, rows.tokens)
-            output = attend_by_sdpa(module, row_queries, row_keys, row_values, mask, scaling)
-            outputs.append(output.flatten(0, 1).index_select(0, rows.real))
+            if prompts is not None:
+                row_keys = torch.cat([prompt_keys.index_select(0, prompts), row_keys], dim=2)
+                row_values = torch.cat([prompt_values.index_select(0, prompts), row_values], dim=2)
+            output = attend_by_sdpa(
+                module, row_queries, row_keys, row_values, mask, scaling, is_causal=mask is None
+            )
+            outputs.append(output.flatten(0, 1).index_select(0, real))
         return torch.cat(outputs).index_select(0, order)
 
 
-def cells(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def cells(lengths: Integers) -> tuple[Integers, Integers]:
     """Return row and column of each token of left-aligned rows, both of shape (sum of lengths,).
 
-    >>> cells(torch.tensor([2, 0, 1]))
-    (tensor([0, 0, 2]), tensor([0, 1, 0]))
+    >>> rows, columns = cells(np.array([2, 0, 1]))
+    >>> rows.tolist(), columns.tolist()
+    ([0, 0, 2], [0, 1, 0])
     """
-    rows = torch.arange(len(lengths)).repeat_interleave(lengths)
-    starts = lengths.cumsum(0) - lengths
-    return rows, torch.arange(len(rows)) - starts[rows]
+    rows = np.arange(len(lengths)).repeat(lengths)
+    starts = lengths.cumsum() - lengths
+    return rows, np.arange(len(rows)) - starts[rows]
 
 
-def _sums(lengths: Tensor, prompt_index: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Return how many response tokens each prompt has, shape (q,)."""
-    return torch.zeros_like(prompt_lengths).index_add(0, prompt_index, lengths)
-
-
-def _rows(starts: Tensor, lengths: Tensor, prompts: Tensor) -> _Rows:
-    columns = torch.arange(int(lengths.max()))
-    padding = columns >= lengths[:, None]
-    tokens = (starts[:, None] + columns).masked_fill(padding, 0)
-    return _Rows(tokens, (~padding).flatten().nonzero()[:, 0], padding, prompts)
+def _rows(starts: Integers, lengths: Integers, prompts: Integers) -> _Rows:
+    columns = np.arange(lengths.max())
+    real = columns < lengths[:, None]
+    return _Rows(np.where(real, starts[:, None] + columns, 0), real, prompts)
 
 
 def _lay_out(packed: Tensor, places: Tensor) -> Tensor:

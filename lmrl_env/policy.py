@@ -6,7 +6,6 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ from lmrl_env.attention import PACKED_ATTENTION, use_attention
 from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.linear import use_onednn
-from lmrl_env.packed_row import PackedLayout, cells, to_device
+from lmrl_env.packed_row import Integers, PackedLayout, cells, to_device
 from lmrl_env.tokenizer import model_path
 
 LOGITS_AT_ONCE = 2**24
@@ -132,9 +131,9 @@ class Lengths(NamedTuple):
         responses: shape (n,), int64, at least 1.
     """
 
-    prompts: npt.NDArray[np.int64]
-    prompt_index: npt.NDArray[np.int64]
-    responses: npt.NDArray[np.int64]
+    prompts: Integers
+    prompt_index: Integers
+    responses: Integers
 
 
 class TokenBatch(NamedTuple):
@@ -156,12 +155,12 @@ class TokenBatch(NamedTuple):
     response_lengths: Tensor
     lengths: Lengths | None = None
 
-    def lengths_on_cpu(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return lengths of prompts, prompt of each response and lengths of responses."""
+    def lengths_on_cpu(self) -> Lengths:
+        """Return the lengths on the CPU."""
         if self.lengths is not None:
-            prompts, index, responses = (torch.from_numpy(x) for x in self.lengths)
-            return prompts, index, responses
-        return self.prompt_lengths.cpu(), self.prompt_index.cpu(), self.response_lengths.cpu()
+            return self.lengths
+        lengths = (self.prompt_lengths, self.prompt_index, self.response_lengths)
+        return Lengths(*(x.cpu().numpy() for x in lengths))
 
 
 def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -178,7 +177,7 @@ def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, 
     Raises:
         ModelError: if the model does not hand the layout of a packed row to its attention.
     """
-    rows, columns = cells(batch.lengths_on_cpu()[2])
+    rows, columns = cells(batch.lengths_on_cpu().responses)
     packed = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
     hidden, before = (_packed if packed else _padded)(model, batch, rows, columns)
     places = rows * batch.response_ids.shape[1] + columns
@@ -200,8 +199,8 @@ def at_tokens(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _packed(
-    model: PreTrainedModel, batch: TokenBatch, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
+    model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
+) -> tuple[Tensor, Integers]:
     """Return hidden states (·, H), and which one predicts each response token, (T,)."""
     prompt_lengths, prompt_index, response_lengths = batch.lengths_on_cpu()
     device = batch.prompt_ids.device
@@ -227,13 +226,13 @@ def _packed(
             f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
         )
     last = (layout.prompt_starts + prompt_lengths - 1)[prompt_index]  # of the prompt
-    before = torch.where(columns > 0, layout.response_starts[rows] + columns - 1, last[rows])
+    before = np.where(columns > 0, layout.response_starts[rows] + columns - 1, last[rows])
     return hidden, before
 
 
 def _padded(
-    model: PreTrainedModel, batch: TokenBatch, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
+    model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
+) -> tuple[Tensor, Integers]:
     """Return hidden states (·, H), and which one predicts each response token, (T,)."""
     prompt_lengths, prompt_index, _ = batch.lengths_on_cpu()
     length = batch.response_ids.shape[1]
