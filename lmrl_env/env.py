@@ -173,7 +173,10 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self._stream_seed = np.full(num_envs, -1, dtype=np.int64)
         self._episode = np.zeros(num_envs, dtype=np.int64)
         self._copy = copy
-        self._views = {"input_ids": self._input_ids.view(), "length": self._length.view()}
+        self._views: Observation = {
+            "input_ids": self._input_ids.view(),
+            "length": self._length.view(),
+        }
         for view in self._views.values():
             view.flags.writeable = False
 
