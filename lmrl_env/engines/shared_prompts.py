@@ -142,7 +142,15 @@ def _attend(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=mask, scale=scaling
         )
-    scores = (query @ key.transpose(2, 3)).float() * scaling
+    return _attend_by_products(query, key, value, mask, scaling)
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Do what ``_attend`` does, on any device."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         scores = scores + mask
     sums = scores.logsumexp(-1)
