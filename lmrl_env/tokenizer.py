@@ -54,6 +54,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of token ids, special tokens spelled out."""
+        if isinstance(token_ids, np.ndarray):
+            token_ids = token_ids.tolist()  # Transformers takes longer to find out what it is
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -17,7 +17,7 @@ class _BudgetLayer(CacheLayerMixin):
     """Keys and values of one layer, with room for the whole budget.
 
     Args:
-        keys: shape (r, heads, P, d).
+        keys: shape (r, heads, P, d); kept in the type of the values, in which products are taken.
         values: as ``keys``.
         budget: tokens to make room for.
     """
@@ -28,7 +28,7 @@ class _BudgetLayer(CacheLayerMixin):
         self.length = keys.shape[2]
         self.key_buffer, self.value_buffer = (
             torch.cat([x, x.new_empty(*x.shape[:2], budget, x.shape[3])], dim=2)
-            for x in (keys, values)
+            for x in (keys.to(values.dtype), values)
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -37,12 +37,15 @@ class SharedPromptCache(BudgetCache):
         self.attended = 0
         self._prompts = [
             (
-                torch.cat([part.keys for part in parts]).transpose(2, 3).contiguous(),
+                torch.cat([part.keys for part in parts]).to(parts[0].values.dtype),
                 torch.cat([part.values for part in parts]),
             )
             for parts in layers
         ]
-        self._padding = None if is_token is None else ~is_token[:, None, None]
+        self._padding: Tensor | None = None
+        if is_token is not None:
+            zeros = self._prompts[0][1].new_zeros(is_token.shape)
+            self._padding = zeros.masked_fill(~is_token, -torch.inf)[:, None, None]
         self._index = index
         self._arrange()
 
@@ -83,6 +86,9 @@ class SharedPromptCache(BudgetCache):
     ) -> Tensor:
         """Return softmax(query · keyᵀ) · value over the prompts and what has been written since.
 
+        Each is attended to by itself; their shares of the whole are a sigmoid of the difference
+        of their log-sum-exps.
+
         Args:
             module: the model's attention layer.
             query: shape (r, heads, 1, d).
@@ -96,15 +102,15 @@ class SharedPromptCache(BudgetCache):
         self.attended += 1
         prompt_keys, prompt_values = self._prompts[int(module.layer_idx)]  # type: ignore[arg-type]
         r, heads, _, d = query.shape
-        width = prompt_keys.shape[3]
-        query = query.reshape(r, key.shape[1], -1, d) * (d**-0.5 if scaling is None else scaling)
-        prompt_scores = self._to_grid(query) @ prompt_keys
-        if self._padding is not None:
-            prompt_scores.masked_fill_(self._padding, -torch.inf)
-        scores = torch.cat([self._to_rows(prompt_scores), query @ key.transpose(2, 3)], dim=-1)
-        weights = scores.softmax(-1).to(value.dtype)
-        of_prompts = self._to_rows(self._to_grid(weights[..., :width]) @ prompt_values)
-        return (of_prompts + weights[..., width:] @ value).reshape(r, 1, heads, d)
+        scaling = d**-0.5 if scaling is None else scaling
+        query = query.reshape(r, key.shape[1], -1, d).to(value.dtype)
+        of_prompts, prompt_sums = _attend(
+            self._to_grid(query), prompt_keys, prompt_values, self._padding, scaling
+        )
+        of_rows, row_sums = _attend(query, key, value, None, scaling)
+        share = (row_sums[..., None] - self._to_rows(prompt_sums[..., None])).sigmoid()
+        attended = torch.lerp(self._to_rows(of_prompts), of_rows, share.to(value.dtype))
+        return attended.reshape(r, 1, heads, d)
 
     def _to_grid(self, rows: Tensor) -> Tensor:
         """Lay (r, h, q, x) out as (lines, h, cells of a line · q, x)."""
@@ -115,3 +121,29 @@ class SharedPromptCache(BudgetCache):
         """Return the rows of a grid."""
         cells = grid.unflatten(2, (self._shape[1], -1)).transpose(1, 2).flatten(0, 1)
         return cells if self._is_grid else cells[self._cell]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(query · keyᵀ + mask) · value, and the log-sum-exp of the scores.
+
+    Args:
+        query: shape (n, heads, q, d).
+        key: shape (n, heads, k, d).
+        value: as ``key``.
+        mask: shape (n, 1, 1, k), 0 or -∞; None is 0.
+        scaling: multiplies the products of query and key.
+
+    Returns:
+        Shapes (n, heads, q, d) and (n, heads, q).
+    """
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=mask, scale=scaling
+        )
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if mask is not None:
+        scores = scores + mask
+    sums = scores.logsumexp(-1)
+    return (scores - sums[..., None]).exp().to(value.dtype) @ value, sums
