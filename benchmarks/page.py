@@ -211,7 +211,7 @@ Sampling over response length, group size and questions, with the line fitted to
 steps over the number of ranks, one thread each.
 """),
     ("The environment", "bench_env_step", "env_step", """
-A single-token step of all slots, observations as views (`observation_views=True`, valid until the
+A single-token step of all slots, observations as views (`copy=False`, valid until the
 next step) or as copies, against Gymnasium's `SyncVectorEnv` over one `TokenEnv` a slot. A whole
 rollout's share outside the engine is in `results/rollout_local.json`.
 """),
