@@ -12,6 +12,7 @@ LAYERS = (
     ("errors", "types"),
     (
         "memory",
+        "ledger",
         "waiting",
         "templates",
         "math_equality",
@@ -45,6 +46,7 @@ LAYERS = (
         "checkpoint",
         "options",
         "plotting",
+        "profiling",
         "progress",
         "evaluation",
         "run",
