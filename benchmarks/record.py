@@ -37,6 +37,7 @@ def write(name: str, figures: dict[str, Any]) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "hardware": f"{processor()}, {os.cpu_count()} cores, {platform.machine()}",
+        "load_average": os.getloadavg()[0],  # of the last minute, the benchmark's own included
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "figures": figures,
