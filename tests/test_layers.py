@@ -12,6 +12,7 @@ LAYERS = (
     ("errors", "types"),
     (
         "memory",
+        "ledger",
         "waiting",
         "templates",
         "math_equality",
@@ -55,6 +56,7 @@ LAYERS = (
         "checkpoint",
         "options",
         "plotting",
+        "profiling",
         "progress",
         "evaluation",
         "run",
