@@ -12,6 +12,7 @@ LAYERS = (
     ("errors", "types"),
     (
         "memory",
+        "allocator",
         "waiting",
         "templates",
         "math_equality",
@@ -31,6 +32,7 @@ LAYERS = (
         "attention",
         "linear",
         "prefix_attention",
+        "rms_norm",
         "engines",
     ),
     (
