@@ -5,7 +5,8 @@
 A micro-batch of the default job's shape, R1 prompts of 150 tokens and 16 × 8 responses of varied
 lengths, through `Policy` and through a plain forward of every padded prompt with its response. The
 floor is the time of the matrix products alone: 6 operations a weight and token, over the rate at
-which one of the model's layers is multiplied in the same round, forward and backward.
+which one of the model's layers is multiplied in the same round, forward and backward. There are two
+such rates, that of `torch.mm` and that of oneDNN, which the linear layers of a loaded model use.
 
 Writes `results/train_step.json` and `results/train_step.png`: the share of the floor over the
 model's width, and seconds over response length, group size and number of groups.
@@ -28,7 +29,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lmrl_env.attention import use_packed_attention
+from lmrl_env.linear import linear, use_onednn
 from lmrl_env.policy import Policy, TokenBatch
+from lmrl_env.rms_norm import use_fused_norms
 from lmrl_env.tokenizer import model_path
 
 matplotlib.use("Agg")
@@ -122,6 +125,19 @@ def matmul(width: int, tokens: int) -> Callable[[], float]:
     return products
 
 
+def onednn_matmul(width: int, tokens: int) -> Callable[[], float]:
+    """Return the same products by oneDNN."""
+    x = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(3 * width, width, requires_grad=True)
+    gradient = torch.randn(tokens, 3 * width)
+
+    def products() -> float:
+        torch.autograd.grad(linear(x, weight), (x, weight), gradient)
+        return 6.0 * x.numel() * 3 * width
+
+    return products
+
+
 def seconds(step: Callable[[], Any], clock: Callable[[], float]) -> float:
     started = clock()
     step()
@@ -132,16 +148,20 @@ def at_width(width: int, rounds: int, clock: Callable[[], float]) -> dict[str, f
     """Return the times of a width: packed, padded, and the floor."""
     batch = random_batch(16, 8, 38)
     plain, packed = random_model(width), random_model(width)
-    use_packed_attention(packed)
+    for use in (use_packed_attention, use_onednn, use_fused_norms):  # as load_model does
+        use(packed)
     ours, theirs = policy_step(packed, batch), padded_step(plain, batch)
-    product = matmul(width, int(batch.prompt_lengths.sum() + batch.response_lengths.sum()))
+    tokens = int(batch.prompt_lengths.sum() + batch.response_lengths.sum())
+    products = {"torch_mm": matmul(width, tokens), "onednn": onednn_matmul(width, tokens)}
     apart = (ours() - theirs()).detach().abs().max().item()
     total = operations(packed, batch)
-    shares, ratios, times = [], [], []
+    shares: dict[str, list[float]] = {name: [] for name in products}
+    ratios, times = [], []
     for _ in range(rounds):
-        floor = total * median(seconds(product, clock) for _ in range(5)) / product()
         own, other = seconds(ours, clock), seconds(theirs, clock)
-        shares.append(floor / own)
+        for name, product in products.items():
+            floor = total * median(seconds(product, clock) for _ in range(5)) / product()
+            shares[name].append(floor / own)
         ratios.append(other / own)
         times.append(own)
         for model in (plain, packed):
@@ -149,7 +169,7 @@ def at_width(width: int, rounds: int, clock: Callable[[], float]) -> dict[str, f
     return {
         "parameters": sum(p.numel() for p in packed.parameters()),
         "seconds": median(times),
-        "share_of_floor_rate": median(shares),
+        **{f"share_of_{name}_rate": median(shares[name]) for name in shares},
         "padded_over_packed": median(ratios),
         "logprobs_apart": apart,
     }
@@ -161,7 +181,8 @@ def over(
 ) -> dict[int, float]:  # fmt: skip
     """Return the seconds of a step of the tiny width for batches of several sizes, in turn."""
     model = random_model(TINY_WIDTH)
-    use_packed_attention(model)
+    for use in (use_packed_attention, use_onednn, use_fused_norms):
+        use(model)
     steps = {value: policy_step(model, batch_of(value)) for value in values}
     times: dict[int, list[float]] = {value: [] for value in values}
     for turn in range(rounds + 1):
@@ -175,8 +196,11 @@ def over(
 def draw(figures: dict[str, Any], sweeps: dict[str, dict[int, float]]) -> None:
     figure, axes = plt.subplots(1, 1 + len(sweeps), figsize=(16, 3.6), constrained_layout=True)
     widths = figures["widths"]
-    axes[0].plot(list(widths), [100 * row["share_of_floor_rate"] for row in widths.values()], "o-")
-    axes[0].set(xlabel="hidden size", ylabel="% of the measured matmul rate", ylim=(0, 100))
+    for name in ("torch_mm", "onednn"):
+        share = [100 * row[f"share_of_{name}_rate"] for row in widths.values()]
+        axes[0].plot(list(widths), share, "o-", label=name)
+    axes[0].set(xlabel="hidden size", ylabel="% of the measured matmul rate", ylim=(0, None))
+    axes[0].legend()
     for axis, (name, times) in zip(axes[1:], sweeps.items(), strict=True):
         x, y = np.array(list(times)), np.array(list(times.values()))
         axis.plot(x, y, "o")

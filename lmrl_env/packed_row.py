@@ -175,7 +175,8 @@ class PackedLayout:
         """
         self.attended += 1
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-        if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        alike = query.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
+        if query.device.type == "cpu" and alike:  # not so under autocast
             return prefix_attention(queries, keys, values, self._plan, scaling)[None]
         return self._attend_by_copies(module, queries, keys, values, scaling)[None]
 

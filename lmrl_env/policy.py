@@ -24,6 +24,7 @@ from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.linear import use_onednn
 from lmrl_env.packed_row import Integers, PackedLayout, cells, to_device
+from lmrl_env.rms_norm import use_fused_norms
 from lmrl_env.tokenizer import model_path
 
 LOGITS_AT_ONCE = 2**24
@@ -96,6 +97,7 @@ def load_model(
     use_attention(loaded, attention)
     if loaded.device.type == "cpu":
         use_onednn(loaded)
+        use_fused_norms(loaded)
     if gradient_checkpointing:
         _checkpoint_gradients(loaded)
     return loaded

@@ -15,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lmrl_env.allocator import keep_freed_memory
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.checkpoint import TRAINER, accuracies
 from lmrl_env.distributed import (
@@ -117,6 +118,8 @@ class Run:
             max_grad_norm=args.max_grad_norm,
         )
         check_settings(args, self.accelerator.num_processes)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.is_main = self.accelerator.is_main_process
         self.plan = BatchPlan(
             self.accelerator,

@@ -13,6 +13,7 @@ LAYERS = (
     (
         "memory",
         "ledger",
+        "allocator",
         "waiting",
         "templates",
         "math_equality",
@@ -32,6 +33,7 @@ LAYERS = (
         "attention",
         "linear",
         "prefix_attention",
+        "rms_norm",
         "engines",
     ),
     (

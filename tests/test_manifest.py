@@ -26,6 +26,7 @@ from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.manifest import most_micro_batches, questions_hash
 from lmrl_env.model_size import model_size, training_memory, weights_fingerprint
 from lmrl_env.normaliser import follows_contract, normaliser
+from lmrl_env.packed_row import PackedLayout
 from lmrl_env.policy import Policy, TokenBatch, load_model
 from lmrl_env.questions import load_questions
 from lmrl_env.settings import check_settings
@@ -190,7 +191,16 @@ def test_the_memory_of_weights_and_optimiser_follows_the_settings():
 
 
 @pytest.mark.parametrize(("hidden", "inner", "keys"), [(64, 96, 2), (64, 256, 1), (96, 128, 4)])
-def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(hidden, inner, keys):
+def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(
+    monkeypatch, hidden, inner, keys
+):
+    def attend_as_on_a_gpu(layout, module, *tokens_and_scaling):  # on the CPU it keeps less
+        layout.attended += 1
+        *tokens, scaling = tokens_and_scaling
+        tokens = (x[0].transpose(0, 1) for x in tokens)
+        return layout._attend_by_copies(module, *tokens, scaling)[None]
+
+    monkeypatch.setattr(PackedLayout, "attend", attend_as_on_a_gpu)
     config = Qwen2Config(
         vocab_size=64,
         hidden_size=hidden,
