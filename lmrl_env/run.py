@@ -380,7 +380,8 @@ class Run:
                 with phase("training"):
                     yield self.last_step
                 if profiler is not None:
-                    profiler.step()
+                    with spent_on("logging"):  # the trace is written in its last step
+                        profiler.step()
         except GeneratorExit:  # the loop is left by an error, which drops this generator
             self._break_off()
             raise
