@@ -59,7 +59,7 @@ def _share_at(width: str, key: str) -> Callable[[Figures], str]:
 def _step_measured(width: str) -> Callable[[Figures], str]:
     def measured(figures: Figures) -> str:
         row = figures["widths"][width]
-        ours, onednn = row["share_of_torch_mm"], row["share_of_onednn"]
+        ours, onednn = row["share_of_torch_mm_rate"], row["share_of_onednn_rate"]
         return f"**{ours:.0%}** of torch.mm's rate, {onednn:.0%} of oneDNN's"
 
     return measured

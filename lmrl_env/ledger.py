@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-
 PARTS = (
     *("sampling", "grading", "env", "scoring", "forward_backward", "exchange", "optimizer"),
     *("sync", "evaluation", "checkpoint", "logging", "other"),
@@ -37,6 +35,8 @@ class _Account(threading.local):
     def switch(self, part: str) -> str:
         """Count the time since the last switch, and return the part that it belongs to."""
         if self.synchronize:
+            import torch
+
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self.part] += now - self.since
@@ -63,6 +63,8 @@ def spent_on(part: str) -> Iterator[None]:
 
 def synchronize(on: bool) -> None:
     """Wait for the GPU wherever a part of this thread begins or ends, which takes time itself."""
+    import torch
+
     _account.synchronize = on and torch.cuda.is_available()
 
 
