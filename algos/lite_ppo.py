@@ -225,21 +225,19 @@ def main(args: Args) -> None:
         advantages = plan.advantages(batch.rewards, batch.kept, compute_advantages)
 
         # --- shared update: begin
-        on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
-        if on_policy:
-            old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
-        elif old_logprobs is None:
-            old_logprobs = plan.logprobs(policy, batch, args.temperature)
+        minibatches = list(plan.minibatches(step))
+        if old_logprobs is None:
+            old_logprobs = plan.old_logprobs(policy, batch, args.temperature, minibatches)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-        for rows in plan.minibatches(step):
+        for update, rows in enumerate(minibatches):
             totals = plan.totals(batch, rows)
             for micro in updates.micro_batches(batch, rows):
                 with updates.micro_step(micro):
                     logprobs, entropy = policy(
                         micro.tokens, temperature=args.temperature, with_entropy=True
                     )
-                    if on_policy:
+                    if update == 0:  # the policy is still the rollout's
                         old_logprobs[micro.rows, : micro.width] = logprobs.detach()
                     old = torch.where(micro.mask, micro.part(old_logprobs), logprobs.detach())
                     weighted = micro.part(advantages)  # (n,) or (n, k)

@@ -277,19 +277,22 @@ class BatchPlan:
             causes,
         )
 
-    def score(self, batch: Rollout, forward: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """Return what a module says of each token of this rank's responses, without gradient.
+    def score(
+        self, batch: Rollout, forward: Callable[[TokenBatch], Tensor], rows: Rows | None = None
+    ) -> Tensor:
+        """Return what a module says of each token of some responses, without gradient.
 
         Where memory runs out, micro-batches are cut smaller and it starts again.
 
         Args:
             batch: of this rank.
             forward: returns shape (n, k) for a micro-batch's tokens, as log-probs or values.
+            rows: that are scored, those of a group adjacent; by default all.
 
         Returns:
-            Shape (N, K), 0 behind the responses.
+            Shape (N, K), 0 behind the responses and in rows that are not scored.
         """
-        rows = np.arange(len(batch.rewards))
+        rows = np.arange(len(batch.rewards)) if rows is None else rows
         while True:
             scores = torch.zeros(batch.mask.shape, device=self.accelerator.device)
             out_of_memory = False
@@ -309,6 +312,29 @@ class BatchPlan:
     def logprobs(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
         """Return a policy's log-probs of this rank's responses, shape (N, K), no gradient."""
         return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0])
+
+    @spent_on("scoring")
+    def old_logprobs(
+        self, policy: nn.Module, batch: Rollout, temperature: float, minibatches: Sequence[Rows]
+    ) -> Tensor:
+        """Return the log-probs that the later optimiser steps need of the policy of now.
+
+        Those of the first step's rows are left at 0: its own forward, before any update, has them.
+
+        Args:
+            policy: as ``prepare`` returned it.
+            batch: of this rank.
+            temperature: of the samples.
+            minibatches: rows of each optimiser step on the batch.
+
+        Returns:
+            Shape (N, K), float32, no gradient; 0 behind the responses.
+        """
+        first, *later = minibatches
+        if not later:
+            return torch.zeros(batch.mask.shape, device=self.accelerator.device)
+        rows = np.setdiff1d(np.concatenate(later), first)
+        return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0], rows)
 
 
 def _log(what: str, detail: str, batch: Rollout, causes: Mapping[int, list[str]]) -> None:

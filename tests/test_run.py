@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from algos.dr_grpo import Args, main
+from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.errors import ConfigurationError
+from lmrl_env.policy import Policy, TokenBatch, load_model
 from lmrl_env.rollout import Rollout
-from lmrl_env.tokenizer import TINY_MODEL
+from lmrl_env.tokenizer import TINY_MODEL, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -194,6 +196,47 @@ def test_mixed_precision_samples_and_trains(tmp_path):
 def test_several_updates_and_epochs_move_the_policy_off_the_sampling_policy(tmp_path):
     logged = train(tmp_path / "run", steps=1, updates_per_step=2, epochs=2, lr=3e-2)
     assert logged[1]["policy/approx_kl"] > 0
+
+
+def test_the_first_optimiser_step_takes_its_old_logprobs_from_its_own_forward(
+    tmp_path, monkeypatch
+):
+    several = {"steps": 2, "updates_per_step": 2, "epochs": 2}
+    score, scored = BatchPlan.score, []
+
+    def counted(self, batch, forward, rows=None):
+        scored.append(len(rows))
+        return score(self, batch, forward, rows)
+
+    monkeypatch.setattr(BatchPlan, "score", counted)
+    own = train(tmp_path / "own", **several)
+    assert scored == [2, 2]  # of the 4 responses of each batch
+
+    def score_all(self, policy, batch, temperature, minibatches):
+        return score(self, batch, lambda tokens: policy(tokens, temperature=temperature)[0])
+
+    monkeypatch.setattr(BatchPlan, "old_logprobs", score_all)
+    scored_before = train(tmp_path / "all", **several)
+    for row, other in zip(timeless(own), timeless(scored_before), strict=True):
+        numbers, others = ({k: v for k, v in r.items() if v is not None} for r in (row, other))
+        assert numbers == pytest.approx(others, rel=1e-4, abs=1e-6)
+
+
+def test_a_forward_with_gradient_and_entropy_has_the_numbers_of_one_without():
+    policy = Policy(load_model("tiny"), load_tokenizer("tiny").vocab_size)
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 7, 1, 5])
+    tokens = TokenBatch(
+        torch.randint(1, 400, (2, 9), generator=random),
+        torch.tensor([9, 9]),
+        torch.tensor([0, 0, 1, 1]),
+        torch.randint(1, 400, (4, 7), generator=random) * (torch.arange(7) < lengths[:, None]),
+        lengths,
+    )
+    trained, _ = policy(tokens, temperature=0.7, with_entropy=True)
+    with torch.no_grad():
+        scored, _ = policy(tokens, temperature=0.7)
+    assert trained.requires_grad and torch.equal(trained.detach(), scored)
 
 
 def test_a_checkpoint_is_a_model_to_start_from(finished, tmp_path):
