@@ -153,10 +153,20 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
 def _command(job: Job, folder: Path, options: Options) -> list[str]:
     flags = {**job.flags, "engine": options.engine or ("local" if options.is_tiny else "vllm")}
     place = f"--resume={folder}" if (folder / "config.json").exists() else f"--run-dir={folder}"
-    given = [
-        f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None
-    ]
+    given = [_flag(name, value) for name, value in flags.items() if value is not None]
     return [sys.executable, str(job.program), place, *given]
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return a setting as the command line has it.
+
+    >>> _flag("group_size", 8), _flag("overlong_filter", False)
+    ('--group-size=8', '--no-overlong-filter')
+    """
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def _run(job: Job, folder: Path, options: Options) -> None:

@@ -1,0 +1,26 @@
+"""The minimalist recipe of "Understanding R1-Zero-Like Training" (section 1, appendix B)."""
+
+RECIPE = {
+    "env": "MathQwen-v0",
+    "model": "Qwen/Qwen2.5-Math-7B",
+    "questions": "math-lvl3to5",
+    "eval_set": "math500",
+    "steps": 200,
+    "prompts_per_step": 128,
+    "group_size": 8,
+    "max_new_tokens": 3000,
+    "temperature": 1.0,
+    "updates_per_step": 8,
+    "epochs": 1,
+    "lr": 1e-6,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "eval_every": 16,
+    "eval_questions": 500,
+    "checkpoint_every": 16,
+    "keep_checkpoints": 0,
+    "dtype": "bfloat16",
+    "gradient_checkpointing": True,
+}
