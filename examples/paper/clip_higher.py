@@ -2,7 +2,7 @@
 
 Claims of the survey (DAPO, arXiv:2503.14476, section 3.1; LitePPO, arXiv:2508.08221): clipping
 the ratio at 1 + 0.2 keeps unlikely tokens from growing, so that entropy collapses; 1 + 0.28, or
-0.32 on a small aligned model, keeps it up. A base model gains little, since little is clipped there.
+0.32 on a small aligned model, keeps it up. A base model gains little, since it clips little.
 """
 
 from __future__ import annotations
@@ -11,21 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from claim import (
-    Job,
-    Options,
-    Verdict,
-    algorithm,
-    claim_options,
-    curves,
-    draw,
-    interval,
-    train,
-    write,
-)
+from claim import Job, Options, Verdict, claim_options, curves, draw, interval, train, write
 from matplotlib.figure import Figure
-from survey import settings, trained_model
+from survey import by_seed, checkpoint_of, last_third, seeded, settings, trained_model
 
 BOUNDS = {"0.2": 0.2, "0.28 (DAPO)": 0.28, "0.32 (LitePPO)": 0.32, "none": 1e6}
 COLORS = {"0.2": "C3", "0.28 (DAPO)": "C0", "0.32 (LitePPO)": "C9", "none": "C7"}
@@ -43,25 +31,21 @@ def jobs(options: Options, model: str, start: str) -> list[Job]:
     flags = settings(options, **tiny, clip_eps_low=0.2)
     flags |= {"model": model} if start == "trained" else {}
     return [
-        Job(
-            f"clip-higher-{start}-{bound:g}-{seed}", algorithm("grpo"),
-            flags | {"clip_eps_high": bound, "seed": seed},
-        )
+        job
         for bound in BOUNDS.values()
-        for seed in range(options.seeds)
-    ]  # fmt: skip
-
-
-def last_third(folders: list[Path], key: str) -> np.ndarray:
-    """Return a metric's mean over the last third of training, shape (seeds,)."""
-    steps, values = curves(folders, key)
-    return np.nanmean(values[:, steps > steps.max() * 2 / 3], axis=1)
+        for job in seeded(
+            f"clip-higher-{start}-{bound:g}",
+            "grpo",
+            options.seeds,
+            flags | {"clip_eps_high": bound},
+        )
+    ]
 
 
 def measure(folders: Mapping[str, Path], start: str, seeds: int) -> dict[str, Any]:
     """Return figures by bound: of the last third, and entropy's difference from 0.2 by seed."""
     runs = {
-        name: [folders[f"clip-higher-{start}-{bound:g}-{seed}"] for seed in range(seeds)]
+        name: by_seed(folders, f"clip-higher-{start}-{bound:g}", seeds)
         for name, bound in BOUNDS.items()
     }
     keys = (*KEYS, "policy/clip_fraction_low", "policy/approx_kl")
@@ -110,7 +94,7 @@ def plot(folders: Mapping[str, Path], seeds: int) -> Figure:
     for row, (title, start) in zip(figure.subplots(2, 3, sharex=True), START.items(), strict=True):
         for axes, (key, label) in zip(row, KEYS.items(), strict=True):
             for name, bound in BOUNDS.items():
-                own = [folders[f"clip-higher-{start}-{bound:g}-{seed}"] for seed in range(seeds)]
+                own = by_seed(folders, f"clip-higher-{start}-{bound:g}", seeds)
                 draw(axes, *curves(own, key), name, COLORS[name])
             axes.set_title(title, fontsize=10)
             axes.set_ylabel(label)
@@ -124,8 +108,7 @@ def plot(folders: Mapping[str, Path], seeds: int) -> Figure:
 def main(options: Options) -> None:
     """Train with four upper clips, from a base model and from a trained one."""
     trained = trained_model(options)
-    checkpoint = options.runs_dir / trained.name / f"checkpoints/step-{trained.flags['steps']}"
-    later = jobs(options, str(checkpoint), "trained")
+    later = jobs(options, checkpoint_of(options, trained), "trained")
     base = jobs(options, "", "base")
     if options.dry_run:
         train(options, [trained, *base, *later])

@@ -7,12 +7,13 @@ batch: that is measured on batches that a model samples, without a training run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from claim import Job, Options, algorithm
+from claim import Job, Options, algorithm, curves
 from recipe import RECIPE
 from torch import Tensor
 
@@ -35,7 +36,6 @@ TINY = {
     "checkpoint_every": 0,
 }
 PAPER = RECIPE | {"model": "Qwen/Qwen2.5-Math-1.5B", "questions": "math-12k", "steps": 200}
-COLORS = {"none": "C0", "group": "C3", "batch": "C7"}
 MAX_TOKENS = 8192
 
 
@@ -44,6 +44,29 @@ def settings(options: Options, **changes: Any) -> dict[str, Any]:
     own = {"model": options.model, "questions": options.questions}
     given = {name: value for name, value in own.items() if value is not None}
     return (TINY if options.is_tiny else PAPER) | changes | given
+
+
+def seeded(name: str, program: str, seeds: int, flags: Mapping[str, Any]) -> list[Job]:
+    """Return the runs ``NAME-SEED`` of an algorithm file."""
+    return [
+        Job(f"{name}-{seed}", algorithm(program), {**flags, "seed": seed}) for seed in range(seeds)
+    ]
+
+
+def by_seed(folders: Mapping[str, Path], name: str, seeds: int) -> list[Path]:
+    """Return the folders of the runs ``NAME-SEED``."""
+    return [folders[f"{name}-{seed}"] for seed in range(seeds)]
+
+
+def last_third(folders: Sequence[Path], key: str) -> np.ndarray:
+    """Return a metric's mean over the last third of training, shape (seeds,)."""
+    steps, values = curves(folders, key)
+    return np.nanmean(values[:, steps > steps.max() * 2 / 3], axis=1)
+
+
+def checkpoint_of(options: Options, job: Job) -> str:
+    """Return the last checkpoint of a run, as a model."""
+    return str(options.runs_dir / job.name / "checkpoints" / f"step-{job.flags['steps']}")
 
 
 def trained_model(options: Options, name: str = "survey-trained") -> Job:
@@ -74,6 +97,11 @@ class Learner:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(load_model(model, device=self.device), tokenizer.vocab_size)
         self.engine = LocalEngine(self.policy.model, tokenizer)
+        self._start = {key: value.clone() for key, value in self.policy.state_dict().items()}
+
+    def reset(self) -> None:
+        """Put the weights back that the model had at first."""
+        self.policy.load_state_dict(self._start)
 
     def sample(self, seed: int) -> Rollout:
         """Return responses to questions that the seed chooses."""
@@ -87,9 +115,8 @@ class Learner:
         """Return log-probs of a batch's tokens, shape (N, K)."""
         found = torch.zeros(batch.mask.shape)
         for micro in self._micro_batches(batch, np.arange(len(batch.rewards))):
-            found[micro.rows.cpu(), : micro.width] = self.policy(micro.tokens, temperature=1.0)[
-                0
-            ].cpu()
+            logprobs, _ = self.policy(micro.tokens, temperature=1.0)
+            found[micro.rows.cpu(), : micro.width] = logprobs.cpu()
         return found
 
     def backward(
@@ -115,7 +142,10 @@ class Learner:
             own_old = old[at, : micro.width].to(self.device)
             own = advantages[at].float().to(self.device)
             policy_loss(logprobs, own_old, own, micro.mask, totals)[0].backward()
-        return torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
+        gradients = [parameter.grad for parameter in self.policy.parameters()]
+        return torch.cat(
+            [gradient.flatten().cpu() for gradient in gradients if gradient is not None]
+        )
 
     def _micro_batches(self, batch: Rollout, rows: Any) -> Any:
         cuts = micro_batch_rows(batch, rows, self.group_size, MAX_TOKENS)
