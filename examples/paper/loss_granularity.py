@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from claim import Job, Options, Verdict, claim_options, curves, draw, interval, train, write
 from matplotlib.figure import Figure
-from survey import Learner, by_seed, checkpoint_of, last_third, seeded, settings, trained_model
+from survey import (
+    Learner,
+    by_seed,
+    checkpoint_of,
+    functions,
+    last_third,
+    seeded,
+    settings,
+    trained_model,
+)
 
-from algos import dapo, dr_grpo, grpo
-
-LOSSES = {"token": dapo, "sequence": grpo}
+LOSSES = {"token": "dapo", "sequence": "grpo"}
 COLORS = {"token": "C1", "sequence": "C3", "constant": "C0"}
 BATCHES = 12
 LEVEL = "arithmetic:level=3"
@@ -65,10 +72,10 @@ def gradients(model: str, options: Options) -> dict[str, Any]:
     for seed in range(BATCHES):
         batch = learner.sample(seed)
         rewards, old = torch.from_numpy(batch.rewards), learner.logprobs(batch)
-        advantages = grpo.compute_advantages(rewards, learner.group_size)
-        rows = range(len(rewards))
-        for name, loss in (*LOSSES.items(), ("constant", dr_grpo)):
-            got = learner.backward(batch, rows, advantages, old, loss.policy_loss)
+        advantages = functions("grpo").compute_advantages(rewards, learner.group_size)
+        for name, file in (*LOSSES.items(), ("constant", "dr_grpo")):
+            loss = functions(file).policy_loss
+            got = learner.backward(batch, range(len(rewards)), advantages, old, loss)
             found[name].append(got)
         lengths.append(batch.response_lengths)
         shares.append(batch.correct.mean())

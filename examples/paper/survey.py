@@ -17,6 +17,7 @@ from claim import Job, Options, algorithm, curves
 from recipe import RECIPE
 from torch import Tensor
 
+from lmrl_env.algorithm_files import Algorithm, load_algorithms
 from lmrl_env.batches import micro_batch_rows, micro_batches
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.env import unwrap
@@ -73,6 +74,11 @@ def trained_model(options: Options, name: str = "survey-trained") -> Job:
     """Return the run that makes an already trained model out of the base: Dr. GRPO, seed 100."""
     steps = {"steps": 50, "prompts_per_step": 16} if options.is_tiny else {}
     return Job(name, algorithm("dr_grpo"), settings(options, **steps, seed=100))
+
+
+def functions(name: str) -> Algorithm:
+    """Return the advantages and the loss of an algorithm file."""
+    return load_algorithms([algorithm(name)])[0]
 
 
 class Learner:
