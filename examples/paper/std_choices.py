@@ -38,8 +38,7 @@ BATCHES = 12
 DATA = {
     "tiny": {"easy": "arithmetic:level=1", "medium": "arithmetic:level=2",
              "hard": "arithmetic:level=3"},
-    "paper": {"easy": "math-lvl3to5:level=3", "medium": "math-lvl3to5:level=4",
-              "hard": "math-lvl3to5:level=5"},
+    "paper": {"easy": "math-12k:level=1", "medium": "math-12k:level=3", "hard": "math-12k:level=5"},
 }  # fmt: skip
 
 
@@ -192,10 +191,10 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         "batch statistics gain with rewards of -1 and 1.",
         f"Accuracy in the last third of training, group std less none: easy {easy}, hard {hard}; "
         f"batch std less none: easy {runs['easy']['batch']['late_above_none']}, hard "
-        f"{runs['hard']['batch']['late_above_none']}. Sampled batches: {told}. The exact weight of "
-        f"a question at a pass rate of 95% over one at 50% is "
-        f"{figures['exact_ratio']['group']:.2f} by group std, {figures['exact_ratio']['batch']:.2f} "
-        "by batch std if the whole batch has that rate, and 1 without.",
+        f"{runs['hard']['batch']['late_above_none']}. Sampled batches: {told}. The exact weight "
+        "of a question at a pass rate of 95% over one at 50% is "
+        f"{figures['exact_ratio']['group']:.2f} by group std, "
+        f"{figures['exact_ratio']['batch']:.2f} by batch std if the whole batch has that rate, and 1 without.",
         holds,
         "No advantage can exceed (G-1)/√G = 2.47 by the group's std, whatever the pass rate, and a "
         "group of equal rewards has the gradient 0: with two rewards nothing explodes. What grows "
