@@ -65,6 +65,11 @@ class Options:
         """Whether this is to run on a laptop."""
         return self.scale == "tiny"
 
+    @property
+    def sampler(self) -> str:
+        """The engine that runs sample with."""
+        return self.engine or ("local" if self.is_tiny else "vllm")
+
 
 def claim_options(seeds: int) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Give a script its command line.
@@ -131,7 +136,7 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
     folders = {job.name: options.runs_dir / job.name for job in jobs}
     if options.dry_run:
         for job in jobs:
-            click.echo(shlex.join(_command(job, folders[job.name], options)))
+            click.echo(shlex.join(command(job, folders[job.name], options.sampler)))
         raise SystemExit(0)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -150,8 +155,9 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
     return folders
 
 
-def _command(job: Job, folder: Path, options: Options) -> list[str]:
-    flags = {**job.flags, "engine": options.engine or ("local" if options.is_tiny else "vllm")}
+def command(job: Job, folder: Path, engine: str) -> list[str]:
+    """Return the command line of a run, which goes on with what is in its folder."""
+    flags = {**job.flags, "engine": engine}
     place = f"--resume={folder}" if (folder / "config.json").exists() else f"--run-dir={folder}"
     given = [_flag(name, value) for name, value in flags.items() if value is not None]
     return [sys.executable, str(job.program), place, *given]
@@ -175,7 +181,7 @@ def _run(job: Job, folder: Path, options: Options) -> None:
         return
     threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
     done = subprocess.run(
-        _command(job, folder, options),
+        command(job, folder, options.sampler),
         env={**os.environ, **threads},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip

@@ -194,7 +194,8 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         f"{runs['hard']['batch']['late_above_none']}. Sampled batches: {told}. The exact weight "
         "of a question at a pass rate of 95% over one at 50% is "
         f"{figures['exact_ratio']['group']:.2f} by group std, "
-        f"{figures['exact_ratio']['batch']:.2f} by batch std if the whole batch has that rate, and 1 without.",
+        f"{figures['exact_ratio']['batch']:.2f} by batch std "
+        "if the whole batch has that rate, and 1 without.",
         holds,
         "No advantage can exceed (G-1)/√G = 2.47 by the group's std, whatever the pass rate, and a "
         "group of equal rewards has the gradient 0: with two rewards nothing explodes. What grows "
