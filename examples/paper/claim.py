@@ -65,11 +65,6 @@ class Options:
         """Whether this is to run on a laptop."""
         return self.scale == "tiny"
 
-    @property
-    def sampler(self) -> str:
-        """The engine that runs sample with."""
-        return self.engine or ("local" if self.is_tiny else "vllm")
-
 
 def claim_options(seeds: int) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Give a script its command line.
@@ -106,7 +101,7 @@ class Job(NamedTuple):
     Attributes:
         name: of its folder.
         program: an algorithm file.
-        flags: as of the command line, without dashes; lists and None are not given.
+        flags: as of the command line, without dashes; True is a bare flag, None is not given.
     """
 
     name: str
@@ -136,7 +131,7 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
     folders = {job.name: options.runs_dir / job.name for job in jobs}
     if options.dry_run:
         for job in jobs:
-            click.echo(shlex.join(command(job, folders[job.name], options.sampler)))
+            click.echo(shlex.join(_command(job, folders[job.name], options)))
         raise SystemExit(0)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -155,24 +150,15 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
     return folders
 
 
-def command(job: Job, folder: Path, engine: str) -> list[str]:
-    """Return the command line of a run, which goes on with what is in its folder."""
-    flags = {**job.flags, "engine": engine}
+def _command(job: Job, folder: Path, options: Options) -> list[str]:
+    flags = {**job.flags, "engine": options.engine or ("local" if options.is_tiny else "vllm")}
     place = f"--resume={folder}" if (folder / "config.json").exists() else f"--run-dir={folder}"
-    given = [_flag(name, value) for name, value in flags.items() if value is not None]
+    given = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in flags.items()
+        if value is not None
+    ]
     return [sys.executable, str(job.program), place, *given]
-
-
-def _flag(name: str, value: Any) -> str:
-    """Return a setting as the command line has it.
-
-    >>> _flag("group_size", 8), _flag("overlong_filter", False)
-    ('--group-size=8', '--no-overlong-filter')
-    """
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={value}"
 
 
 def _run(job: Job, folder: Path, options: Options) -> None:
@@ -181,7 +167,7 @@ def _run(job: Job, folder: Path, options: Options) -> None:
         return
     threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
     done = subprocess.run(
-        command(job, folder, options.sampler),
+        _command(job, folder, options),
         env={**os.environ, **threads},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def jobs(options: Options) -> list[Job]:
         flags = settings(options, max_new_tokens=tokens, max_refills=0)
         for way in WAYS.values():
             own = {
-                "overlong_filter": way == "filtered",
+                "overlong_filter": True if way == "filtered" else None,
                 "overlong_cache": CACHE[options.scale] if way == "punished" else 0,
             }
             found += seeded(f"overlong-{budget}-{way}", "dapo", options.seeds, flags | own)

@@ -14,13 +14,14 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from claim import Job, Options, Verdict, algorithm, claim_options, command, read_rows, write
+from claim import Options, Verdict, algorithm, claim_options, read_rows, write
 from matplotlib.figure import Figure
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -83,20 +84,32 @@ SCALED_DOWN = {
 ANSWERS = range(2, 10)
 
 
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Return settings as the command line has them; True is a bare flag.
+
+    >>> arguments({"group_size": 8, "dry_run": True})
+    ['--group-size=8', '--dry-run']
+    """
+    return [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in flags.items()
+    ]
+
+
 def commands(runs_dir: Path, engine: str) -> dict[str, str]:
     """Return the recipe's commands by what they do."""
-    run = runs_dir / "recipe"
+    run_dir = runs_dir / "recipe"
     launch = "accelerate launch --config_file examples/accelerate/fsdp2.yaml"
-    job = Job("recipe", Path("algos/dr_grpo.py"), RECIPE)
-    training = shlex.join(command(job, run, engine)[1:])
+    flags = {"run_dir": run_dir, "engine": engine, **RECIPE}
+    training = shlex.join(["algos/dr_grpo.py", *arguments(flags)])
     steps = range(RECIPE["eval_every"], RECIPE["steps"] + 1, RECIPE["eval_every"])
-    checkpoints = " ".join(f"--model {run}/checkpoints/step-{step}" for step in steps)
+    checkpoints = " ".join(f"--model {run_dir}/checkpoints/step-{step}" for step in steps)
     return {
         "train": f"{launch} {training}",
         "evaluate": f"lmrl eval --model {RECIPE['model']} {checkpoints} --suite {SUITE} "
         "--template qwen-math --temperature 0 --max-new-tokens 3000 --dtype bfloat16 "
         "--output evals/recipe",
-        "export": f"lmrl export {run} oat-zero-7b --step best",
+        "export": f"lmrl export {run_dir} oat-zero-7b --step best",
     }
 
 
@@ -170,16 +183,14 @@ def check(options: Options) -> dict[str, Any]:
     make_questions(folder / "questions.jsonl")
     questions = options.questions or str(folder / "questions.jsonl")
     local = {"questions": questions, "eval_set": str(folder / "questions.jsonl")}
-    program = algorithm("dr_grpo")
-    whole = Job("plan", program, RECIPE | local | {"model": folder / "seven-b", "dry_run": True})
-    plan, _ = run(command(whole, folder / "plan", "local"), folder)
+    program = [sys.executable, str(algorithm("dr_grpo")), "--engine=local"]
+    whole = RECIPE | local | {"model": folder / "seven-b", "dry_run": True}
+    plan, _ = run([*program, *arguments(whole)], folder)
     local["questions"] = str(folder / "questions.jsonl")
     flags = RECIPE | local | {"model": folder / "model"} | SCALED_DOWN
-    step = Job("step", program, flags)
-    idle = Job("idle", program, flags | {"dry_run": True})
-    _, before = run(command(idle, folder / "idle", "local"), folder)
     place = folder / f"step-{os.getpid()}"
-    _, peak = run(command(step, place, "local"), folder)
+    _, before = run([*program, *arguments(flags | {"dry_run": True})], folder)
+    _, peak = run([*program, *arguments(flags | {"run_dir": place})], folder)
     manifest = json.loads((place / "manifest.json").read_text())
     row = read_rows(place)[-1]
     return {
