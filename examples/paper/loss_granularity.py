@@ -38,7 +38,7 @@ def jobs(options: Options, model: str | None, start: str) -> list[Job]:
     """Return the runs from one starting point, the two files differing in the divisor alone."""
     flags = settings(options) | ({"model": model} if model else {})
     if options.is_tiny:
-        flags |= {"questions": options.questions or LEVEL}
+        flags |= {"questions": options.questions or LEVEL, "steps": 15}
     as_grpo = {"max_refills": 0, "overlong_cache": 0, "clip_eps_high": 0.2}
     token = seeded(f"granularity-{start}-token", "dapo", options.seeds, flags | as_grpo)
     return token + seeded(f"granularity-{start}-sequence", "grpo", options.seeds, flags)

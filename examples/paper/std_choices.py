@@ -141,8 +141,8 @@ def jobs(options: Options, checkpoint: str) -> list[Job]:
     found = []
     for data in ("easy", "hard"):
         flags = settings(options) | {"questions": DATA[options.scale][data]}
-        if data == "easy" and options.is_tiny:
-            flags |= {"model": checkpoint}
+        if options.is_tiny:
+            flags |= {"steps": 15} | ({"model": checkpoint} if data == "easy" else {})
         for choice, file in CHOICES.items():
             as_grpo = {"max_refills": 0, "overlong_cache": 0, "clip_eps_high": 0.2}
             own = flags | (as_grpo if file == "dapo" else {})
