@@ -13,7 +13,7 @@ from typing import Any
 
 from claim import Job, Options, Verdict, claim_options, curves, draw, interval, train, write
 from matplotlib.figure import Figure
-from survey import by_seed, checkpoint_of, last_third, seeded, settings, trained_model
+from survey import by_seed, checkpoint_of, last_third, outcome, seeded, settings, trained_model
 
 BOUNDS = {"0.2": 0.2, "0.28 (DAPO)": 0.28, "0.32 (LitePPO)": 0.32, "none": 1e6}
 COLORS = {"0.2": "C3", "0.28 (DAPO)": "C0", "0.32 (LitePPO)": "C9", "none": "C7"}
@@ -69,7 +69,6 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     free = {s: figures[s]["none"]["entropy_above_0.2"] for s in figures}
     clipped = {s: figures[s]["0.2"]["policy/clip_fraction_high"] for s in figures}
     above = [gain.low > 0 for gain in (*gains.values(), *wider.values())]
-    holds = "holds" if all(above) else "partly" if any(above) else "does not hold"
     measured = "; ".join(
         f"{start}: entropy in the last third of training differs from clip 0.2's by {gains[start]} "
         f"nats a token at 0.28, {wider[start]} at 0.32 and {free[start]} without an upper bound, "
@@ -81,7 +80,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         "A higher upper clip (0.28, 0.32) keeps entropy up, on trained models more than on base "
         "models.",
         measured + ".",
-        holds,
+        outcome(*above),
         "Taking the upper bound away altogether is the test of what any bound can do: a bound "
         "matters only as much as it clips.",
         f"{seeds} seeds a bound and starting point",

@@ -23,6 +23,7 @@ from survey import (
     checkpoint_of,
     functions,
     last_third,
+    outcome,
     seeded,
     settings,
     trained_model,
@@ -112,8 +113,6 @@ def measure(folders: Mapping[str, Path], start: str, seeds: int) -> dict[str, An
 def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     """Return the verdict: token level ahead from the base, sequence level from the trained one."""
     base, trained = (figures[s]["runs"]["token_minus_sequence"] for s in ("base", "trained"))
-    right = [base.low > 0, trained.high < 0]
-    holds = "holds" if all(right) else "partly" if any(right) else "does not hold"
     measured = " ".join(
         f"{start.capitalize()} model: accuracy in the last third of training, token less sequence "
         f"level, {own['runs']['token_minus_sequence']}, held out "
@@ -128,7 +127,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         "survey: LitePPO, DAPO 3.3",
         "The token-level loss suits base models, the sequence-level loss aligned ones.",
         measured,
-        holds,
+        outcome(base.low > 0, trained.high < 0),
         "The two losses differ as far as lengths do within a batch, which the gradients on sampled "
         "batches test without the noise of training: the token-level gradient is nearly the one "
         "of a constant divisor, the sequence-level one is turned by 1/|o|.",

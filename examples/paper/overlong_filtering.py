@@ -14,7 +14,7 @@ from typing import Any
 
 from claim import Job, Options, Verdict, claim_options, curves, draw, interval, train, write
 from matplotlib.figure import Figure
-from survey import by_seed, last_third, seeded, settings
+from survey import by_seed, last_third, outcome, seeded, settings
 
 BUDGETS = {"tiny": {"tight": 56, "loose": 96}, "paper": {"tight": 1000, "loose": 3000}}
 CACHE = {"tiny": 16, "paper": 500}
@@ -65,7 +65,6 @@ def judge(figures: Mapping[str, Any], scale: str, seeds: int) -> Verdict:
     """Return the verdict: the gain by filtering under either budget, by interval over seeds."""
     gains = {budget: figures[budget]["filtered"]["training_gain"] for budget in figures}
     helps, nothing = gains["tight"].low > 0, gains["loose"].low <= 0 <= gains["loose"].high
-    holds = "holds" if helps and nothing else "partly" if helps else "does not hold"
     measured = "; ".join(
         f"{BUDGETS[scale][budget]} tokens, where "
         f"{100 * own['filtered']['truncated_at_first'].mean:.2g}% are truncated at first: "
@@ -83,7 +82,7 @@ def judge(figures: Mapping[str, Any], scale: str, seeds: int) -> Verdict:
         "Leaving truncated responses out of the loss helps under a tight budget and does nothing "
         "under a loose one.",
         measured + ".",
-        holds,
+        outcome(helps, nothing) if helps else "does not hold",
         "A filtered response loses its gradient and still lowers its group's mean: nothing then "
         "teaches the policy to finish in time but the right answers that do. The punishment says "
         "it outright, so it is the test of whether finishing in time is what is to be learned.",

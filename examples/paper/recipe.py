@@ -212,7 +212,6 @@ def judge(figures: Mapping[str, Any]) -> Verdict:
     ratio = used / figures["predicted"]["bytes"]
     norm = row["policy/grad_norm"]
     finite = 0 < norm < float("inf") and not row.get("policy/skipped_updates")
-    holds = "holds" if finite and 0.5 < ratio < 1.5 else "partly" if finite else "does not hold"
     return Verdict(
         "1, appendix B, tables 1 and 4",
         "Dr. GRPO with few settings makes a 7B model of 51.4% on average, in 27 hours on 8 A100.",
@@ -223,7 +222,7 @@ def judge(figures: Mapping[str, Any]) -> Verdict:
         f"{figures['tokens_whose_logits_exist_at_once']} of "
         f"{figures['response_tokens_of_an_update']} tokens at one time, {used / 2**30:.2f} GiB of "
         f"memory against {figures['predicted']['bytes'] / 2**30:.2f} GiB predicted.",
-        holds,
+        ("holds" if 0.5 < ratio < 1.5 else "partly") if finite else "does not hold",
         "What our flags do not say: evaluation in training has the sampling temperature, so the "
         "greedy one is `lmrl eval` on the checkpoints, one every 16 steps; a tenth of the set is "
         "held out by a hash and not trained on; prompts are limited by the context (4,096 - "

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from claim import Options, Verdict, claim_options, interval, train, write
 from matplotlib.figure import Figure
-from survey import Learner, functions, seeded, settings
+from survey import Learner, functions, outcome, seeded, settings
 
 from lmrl_env.exact import TabularPolicy, TokenMDP, enumerate_trajectories
 from lmrl_env.types import BatchTotals
@@ -161,7 +161,6 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     most = {lr: own["clipped"]["gspo"].mean / max(own["clipped"]["grpo"].mean, 1e-9)
             for lr, own in model.items()}  # fmt: skip
     orders = any(ratio >= 30 for ratio in most.values())
-    holds = "holds" if signs and orders else "partly" if signs or orders else "does not hold"
     clipping = "; ".join(
         f"lr {lr}: GSPO {100 * own['clipped']['gspo'].mean:.3g}% of tokens, GRPO "
         f"{100 * own['clipped']['grpo'].mean:.3g}%, variance ∝ length^"
@@ -177,7 +176,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         f"Exact, {WORLDS} MDPs: variance ∝ length^{exact['product']:.2f} (product), "
         f"^{exact['geometric']:.2f} (geometric mean), ^{exact['token']:.2f} (token). "
         f"On the model, in the minibatches 2 to {UPDATES} of a batch: {clipping}.",
-        holds,
+        outcome(signs, orders),
         "GSPO's range is 500 times narrower than GRPO's and its ratio √|o| times steadier, so the "
         "factor between the shares depends on how far an update moves the policy: hence several "
         "learning rates. A clipped response loses all its tokens at once.",

@@ -24,6 +24,7 @@ from survey import (
     checkpoint_of,
     functions,
     last_third,
+    outcome,
     seeded,
     settings,
     trained_model,
@@ -122,7 +123,9 @@ def batches(model: str, questions: str, flags: Mapping[str, Any]) -> dict[str, A
         "pass_rate": float(groups.mean()),
         "groups_of_equal_rewards": float((groups.std(1) == 0).mean()),
         "largest_advantage": {choice: float(np.max(own)) for choice, own in largest.items()},
-        "gradient_over_no_std": {choice: interval(own) for choice, own in relative.items()},
+        "gradient_over_no_std": {
+            choice: interval(own.tolist()) for choice, own in relative.items()
+        },
         "norm_largest_over_median": {
             choice: float(np.max(own) / np.median(own)) for choice, own in norms.items()
         },
@@ -175,7 +178,6 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     easy = runs["easy"]["group"]["late_above_none"]
     hard = runs["hard"]["group"]["late_above_none"]
     harmful, harmless = easy.high < 0, hard.high >= 0
-    holds = "holds" if harmful and harmless else "partly" if harmful else "does not hold"
     told = "; ".join(
         f"{where} ({100 * own['pass_rate']:.0f}% right, "
         f"{100 * own['groups_of_equal_rewards']:.0f}% of groups equal): gradient "
@@ -196,7 +198,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         f"{figures['exact_ratio']['group']:.2f} by group std, "
         f"{figures['exact_ratio']['batch']:.2f} by batch std "
         "if the whole batch has that rate, and 1 without.",
-        holds,
+        outcome(harmful, harmless) if harmful else "does not hold",
         "No advantage can exceed (G-1)/√G = 2.47 by the group's std, whatever the pass rate, and a "
         "group of equal rewards has the gradient 0: with two rewards nothing explodes. What grows "
         "on easy data is the weight of the rare failure, and it grows as much by the batch's std, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -74,6 +74,15 @@ def trained_model(options: Options, name: str = "survey-trained") -> Job:
     """Return the run that makes an already trained model out of the base: Dr. GRPO, seed 100."""
     steps = {"steps": 50, "prompts_per_step": 16} if options.is_tiny else {}
     return Job(name, algorithm("dr_grpo"), settings(options, **steps, seed=100))
+
+
+def outcome(*checks: bool) -> Literal["holds", "partly", "does not hold"]:
+    """Return what becomes of a claim of several parts.
+
+    >>> outcome(True, False)
+    'partly'
+    """
+    return "holds" if all(checks) else "partly" if any(checks) else "does not hold"
 
 
 def functions(name: str) -> Algorithm:

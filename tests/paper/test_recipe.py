@@ -42,7 +42,9 @@ def test_the_training_command_has_the_papers_settings(monkeypatch):
     assert settings["gradient_checkpointing"] and settings["dtype"] == "bfloat16"
 
 
-def test_the_other_commands_parse():
+def test_the_other_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "recipe").mkdir(parents=True)
     commands = printed()
     evaluation = eval_command.make_context("eval", commands["evaluate"][2:]).params
     assert evaluation["temperature"] == 0 and evaluation["max_new_tokens"] == 3000
