@@ -10,7 +10,6 @@ gradient, whose direction is that of the objective, and the noise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from survey import (
     by_seed,
     checkpoint_of,
     functions,
-    last_third,
+    late,
     outcome,
     seeded,
     settings,
@@ -31,15 +30,14 @@ from survey import (
 
 LOSSES = {"token": "dapo", "sequence": "grpo"}
 COLORS = {"token": "C1", "sequence": "C3", "constant": "C0"}
-BATCHES = 12
-LEVEL = "arithmetic:level=3"
+BATCHES = 8
+STEPS = 15
+LEVEL = {"tiny": "arithmetic:level=3", "paper": "math-12k"}
 
 
 def jobs(options: Options, model: str | None, start: str) -> list[Job]:
     """Return the runs from one starting point, the two files differing in the divisor alone."""
     flags = settings(options) | ({"model": model} if model else {})
-    if options.is_tiny:
-        flags |= {"questions": options.questions or LEVEL, "steps": 15}
     as_grpo = {"max_refills": 0, "overlong_cache": 0, "clip_eps_high": 0.2}
     token = seeded(f"granularity-{start}-token", "dapo", options.seeds, flags | as_grpo)
     return token + seeded(f"granularity-{start}-sequence", "grpo", options.seeds, flags)
@@ -64,10 +62,20 @@ def angle(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))))
 
 
-def gradients(model: str, options: Options) -> dict[str, Any]:
+def short_runs(learner: Learner, seeds: int) -> dict[str, np.ndarray]:
+    """Return accuracies over training by loss, shape (seeds, steps)."""
+    compute = functions("grpo").compute_advantages
+    return {
+        name: np.array([
+            learner.train(compute, functions(file).policy_loss, steps=STEPS, seed=seed)
+            for seed in range(seeds)
+        ])
+        for name, file in LOSSES.items()
+    }  # fmt: skip
+
+
+def gradients(learner: Learner) -> dict[str, Any]:
     """Return what the losses' gradients on sampled batches are, from one starting point."""
-    flags = settings(options)
-    learner = Learner(model, options.questions or LEVEL, flags, groups=flags["prompts_per_step"])
     found: dict[str, list[torch.Tensor]] = {"token": [], "sequence": [], "constant": []}
     lengths, shares = [], []
     for seed in range(BATCHES):
@@ -97,16 +105,13 @@ def gradients(model: str, options: Options) -> dict[str, Any]:
     }
 
 
-def measure(folders: Mapping[str, Path], start: str, seeds: int) -> dict[str, Any]:
-    """Return final figures of both losses and their difference by seed."""
-    runs = {name: by_seed(folders, f"granularity-{start}-{name}", seeds) for name in LOSSES}
-    late = {name: last_third(own, "reward/accuracy") for name, own in runs.items()}
-    final = {name: curves(own, "eval/accuracy")[1][:, -1] for name, own in runs.items()}
+def compare(shares: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return accuracies in the last third of training, and their difference by seed."""
+    mean = {name: late(values) for name, values in shares.items()}
     return {
-        "late": {name: interval(values) for name, values in late.items()},
-        "heldout": {name: interval(values) for name, values in final.items()},
-        "token_minus_sequence": interval(late["token"] - late["sequence"]),
-        "heldout_token_minus_sequence": interval(final["token"] - final["sequence"]),
+        "late": {name: interval(values.tolist()) for name, values in mean.items()},
+        "token_minus_sequence": interval((mean["token"] - mean["sequence"]).tolist()),
+        "curves": {name: values.tolist() for name, values in shares.items()},
     }
 
 
@@ -115,8 +120,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     base, trained = (figures[s]["runs"]["token_minus_sequence"] for s in ("base", "trained"))
     measured = " ".join(
         f"{start.capitalize()} model: accuracy in the last third of training, token less sequence "
-        f"level, {own['runs']['token_minus_sequence']}, held out "
-        f"{own['runs']['heldout_token_minus_sequence']}; the mean gradient of {BATCHES} batches is "
+        f"level, {own['runs']['token_minus_sequence']}; the mean gradient of {BATCHES} batches is "
         f"{own['batches']['losses']['token']['degrees_to_constant']:.2g}° (token) and "
         f"{own['batches']['losses']['sequence']['degrees_to_constant']:.2g}° (sequence) from that "
         f"with a constant divisor, at {own['batches']['length_spread']:.2g} of spread of log "
@@ -135,14 +139,14 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     )
 
 
-def plot(folders: Mapping[str, Path], figures: Mapping[str, Any], seeds: int) -> Figure:
+def plot(figures: Mapping[str, Any]) -> Figure:
     """Draw accuracy over training from both starting points, and weights by length."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     *runs, weights = figure.subplots(1, 3)
     for axes, start in zip(runs, figures, strict=True):
         for name in LOSSES:
-            own = by_seed(folders, f"granularity-{start}-{name}", seeds)
-            draw(axes, *curves(own, "reward/accuracy"), f"{name} level", COLORS[name])
+            values = np.array(figures[start]["runs"]["curves"][name])
+            draw(axes, np.arange(values.shape[1]) + 1, values, f"{name} level", COLORS[name])
         axes.set_title(f"from the {start} model")
         axes.set_ylabel("share of right answers in training")
         axes.set_xlabel("step")
@@ -171,17 +175,22 @@ def main(options: Options) -> None:
     checkpoint = checkpoint_of(options, trained)
     base, later = jobs(options, None, "base"), jobs(options, checkpoint, "trained")
     if options.dry_run:
-        train(options, [trained, *base, *later])
-    folders = train(options, [trained, *base]) | train(options, later)
-    models = {"base": trained.flags["model"], "trained": checkpoint}
-    figures = {
-        start: {
-            "runs": measure(folders, start, options.seeds),
-            "batches": gradients(model, options),
-        }
-        for start, model in models.items()
-    }
-    picture = plot(folders, figures, options.seeds)
+        train(options, [trained] if options.is_tiny else [trained, *base, *later])
+    folders = train(options, [trained])
+    if not options.is_tiny:
+        folders |= train(options, [*base, *later])
+    figures = {}
+    for start, model in {"base": trained.flags["model"], "trained": checkpoint}.items():
+        flags = settings(options)
+        learner = Learner(str(model), options.questions or LEVEL[options.scale], flags, groups=8)
+        batches = gradients(learner)
+        if options.is_tiny:
+            shares = short_runs(learner, options.seeds)
+        else:
+            runs = {n: by_seed(folders, f"granularity-{start}-{n}", options.seeds) for n in LOSSES}
+            shares = {n: curves(own, "reward/accuracy")[1] for n, own in runs.items()}
+        figures[start] = {"runs": compare(shares), "batches": batches}
+    picture = plot(figures)
     verdict = judge(figures, options.seeds)
     write(options, "loss_granularity", "Token-level against sequence-level loss", verdict, figures,
           picture)  # fmt: skip

@@ -139,7 +139,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
     model = Qwen2ForCausalLM(Qwen2Config(**SEVEN_B | SMALL, eos_token_id=EMITTED - len(SPECIAL)))
     first = len(pre_tokenizers.ByteLevel.alphabet())
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 10.0  # far above all that the blocks add
         state = SMALL["hidden_size"] ** 0.5  # of that direction, behind the last norm
         model.lm_head.weight[first : first + len(ANSWERS), 0] = 9.5 / state
         model.lm_head.weight[EMITTED - len(SPECIAL), 0] = 9.5 / state

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from claim import Options, Verdict, claim_options, interval, train, write
 from matplotlib.figure import Figure
-from survey import Learner, functions, outcome, seeded, settings
+from survey import Learner, adam, functions, outcome, seeded, settings
 
 from lmrl_env.exact import TabularPolicy, TokenMDP, enumerate_trajectories
 from lmrl_env.types import BatchTotals
@@ -82,9 +82,7 @@ def off_policy_rows(learner: Learner, lr: float, seed: int) -> dict[str, Any]:
     old, size = learner.logprobs(batch), learner.group_size
     grpo = functions("grpo")
     advantages = grpo.compute_advantages(torch.from_numpy(batch.rewards), size).float()
-    optimizer = torch.optim.AdamW(
-        learner.policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = adam(learner.policy, lr)
     gaps, chosen, clipped = [], [], {name: 0.0 for name in FILES}
     for update, rows in enumerate(np.array_split(np.arange(len(old)), UPDATES)):
         if update:

@@ -10,7 +10,6 @@ it stand the weights and gradients of sampled batches, and short runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from survey import (
     by_seed,
     checkpoint_of,
     functions,
-    last_third,
+    late,
     outcome,
     seeded,
     settings,
@@ -35,7 +34,8 @@ COLORS = {"group": "C4", "batch": "C7", "none": "C0"}
 LABELS = {"group": "group std", "batch": "batch std", "none": "no std"}
 PASS_RATES = np.linspace(0.01, 0.99, 99)
 GROUP, GROUPS = 8, 16
-BATCHES = 12
+BATCHES = 6
+STEPS = 15
 DATA = {
     "tiny": {"easy": "arithmetic:level=1", "medium": "arithmetic:level=2",
              "hard": "arithmetic:level=3"},
@@ -101,9 +101,8 @@ def measured_weights(rewards: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def batches(model: str, questions: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def batches(learner: Learner) -> dict[str, Any]:
     """Return what sampled batches say: rewards, largest advantages, gradient norms."""
-    learner = Learner(model, questions, flags, groups=GROUPS)
     loss: Callable[..., Any] = functions("dr_grpo").policy_loss
     norms: dict[str, list[float]] = {choice: [] for choice in CHOICES}
     largest: dict[str, list[float]] = {choice: [] for choice in CHOICES}
@@ -139,13 +138,11 @@ def weights_on_model(model: str, questions: str, flags: Mapping[str, Any]) -> di
     return {name: [None if np.isnan(x) else float(x) for x in v] for name, v in found.items()}
 
 
-def jobs(options: Options, checkpoint: str) -> list[Job]:
-    """Return runs on easy data (from the trained model, at tiny scale) and on hard data."""
+def jobs(options: Options) -> list[Job]:
+    """Return the runs at the paper's scale, on easy and on hard questions."""
     found = []
     for data in ("easy", "hard"):
         flags = settings(options) | {"questions": DATA[options.scale][data]}
-        if options.is_tiny:
-            flags |= {"steps": 15} | ({"model": checkpoint} if data == "easy" else {})
         for choice, file in CHOICES.items():
             as_grpo = {"max_refills": 0, "overlong_cache": 0, "clip_eps_high": 0.2}
             own = flags | (as_grpo if file == "dapo" else {})
@@ -153,23 +150,29 @@ def jobs(options: Options, checkpoint: str) -> list[Job]:
     return found
 
 
-def measure_runs(folders: Mapping[str, Path], seeds: int) -> dict[str, Any]:
-    """Return accuracies of the runs and their differences from no std, by seed."""
-    found: dict[str, Any] = {}
-    for data in ("easy", "hard"):
-        own = {c: by_seed(folders, f"std-{data}-{c}", seeds) for c in CHOICES}
-        late = {c: last_third(folder, "reward/accuracy") for c, folder in own.items()}
-        final = {c: curves(folder, "eval/accuracy")[1][:, -1] for c, folder in own.items()}
-        found[data] = {
-            c: {
-                "late": interval(late[c]),
-                "late_above_none": interval(late[c] - late["none"]),
-                "heldout": interval(final[c]),
-                "heldout_above_none": interval(final[c] - final["none"]),
-            }
-            for c in CHOICES
+def short_runs(learner: Learner, seeds: int) -> dict[str, np.ndarray]:
+    """Return accuracies over training by choice, shape (seeds, steps), of one and the same loss."""
+    loss = functions("dr_grpo").policy_loss
+    return {
+        choice: np.array([
+            learner.train(functions(file).compute_advantages, loss, steps=STEPS, seed=seed)
+            for seed in range(seeds)
+        ])
+        for choice, file in CHOICES.items()
+    }  # fmt: skip
+
+
+def compare(shares: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return accuracies in the last third of training, and their differences from no std."""
+    mean = {choice: late(values) for choice, values in shares.items()}
+    return {
+        choice: {
+            "late": interval(mean[choice].tolist()),
+            "late_above_none": interval((mean[choice] - mean["none"]).tolist()),
+            "curve": shares[choice].tolist(),
         }
-    return found
+        for choice in CHOICES
+    }
 
 
 def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
@@ -209,7 +212,7 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
     )
 
 
-def plot(figures: Mapping[str, Any], folders: Mapping[str, Path], seeds: int) -> Figure:
+def plot(figures: Mapping[str, Any]) -> Figure:
     """Draw weights by pass rate, gradients by data, and the runs."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -235,8 +238,9 @@ def plot(figures: Mapping[str, Any], folders: Mapping[str, Path], seeds: int) ->
     norms.set_ylabel("gradient norm / that without std")
     for panel, data in zip(axes[1], ("easy", "hard"), strict=True):
         for choice in CHOICES:
-            own = by_seed(folders, f"std-{data}-{choice}", seeds)
-            draw(panel, *curves(own, "reward/accuracy"), LABELS[choice], COLORS[choice])
+            values = np.array(figures["runs"][data][choice]["curve"])
+            steps = np.arange(values.shape[1]) + 1
+            draw(panel, steps, values, LABELS[choice], COLORS[choice])
         panel.set_title(f"runs on {data} data")
         panel.set_xlabel("step")
         panel.set_ylabel("share of right answers in training")
@@ -251,28 +255,34 @@ def main(options: Options) -> None:
     """Compare three divisors of advantages: exactly, on sampled batches, and in short runs."""
     trained = trained_model(options)
     checkpoint = checkpoint_of(options, trained)
-    runs = jobs(options, checkpoint)
+    runs = [] if options.is_tiny else jobs(options)
     if options.dry_run:
         train(options, [trained, *runs])
-    folders = train(options, [trained]) | train(options, runs)
+    folders = train(options, [trained, *runs])
     flags = settings(options, group_size=GROUP)
-    conditions = {
-        f"{start}, {level}": (model, questions)
-        for start, model in {"base": trained.flags["model"], "trained": checkpoint}.items()
-        for level, questions in DATA[options.scale].items()
-    }
-    exact = {c: [exact_weight(c, p) for p in PASS_RATES] for c in CHOICES}
-    figures = {
-        "exact": exact,
+    figures: dict[str, Any] = {
+        "exact": {c: [exact_weight(c, p) for p in PASS_RATES] for c in CHOICES},
         "exact_ratio": {c: exact_weight(c, 0.95) / exact_weight(c, 0.5) for c in CHOICES},
-        "range_ratio": {c: exact_weight(c, 0.8, -1.0, 1.0) / exact_weight(c, 0.8) for c in CHOICES},
-        "batches": {name: batches(*own, flags) for name, own in conditions.items()},
-        "weights": {name: weights_on_model(*own, flags) for name, own in conditions.items()},
-        "runs": measure_runs(folders, options.seeds),
-    }
+        "range_ratio": {
+            c: exact_weight(c, 0.8, -1.0, 1.0) / exact_weight(c, 0.8) for c in CHOICES
+        },
+        "batches": {}, "weights": {}, "runs": {},
+    }  # fmt: skip
+    for start, model in {"base": str(trained.flags["model"]), "trained": checkpoint}.items():
+        for data, questions in DATA[options.scale].items():
+            learner = Learner(model, questions, flags, groups=GROUPS)
+            figures["batches"][f"{start}, {data}"] = batches(learner)
+            figures["weights"][f"{start}, {data}"] = weights_on_model(model, questions, flags)
+            if options.is_tiny and (start, data) in (("trained", "easy"), ("base", "hard")):
+                figures["runs"][data] = compare(short_runs(learner, options.seeds))
+    for data in () if options.is_tiny else ("easy", "hard"):
+        own = {c: by_seed(folders, f"std-{data}-{c}", options.seeds) for c in CHOICES}
+        figures["runs"][data] = compare(
+            {c: curves(found, "reward/accuracy")[1] for c, found in own.items()}
+        )
     write(
         options, "std_choices", "What to divide advantages by", judge(figures, options.seeds),
-        figures, plot(figures, folders, options.seeds),
+        figures, plot(figures),
     )  # fmt: skip
 
 

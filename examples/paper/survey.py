@@ -61,8 +61,13 @@ def by_seed(folders: Mapping[str, Path], name: str, seeds: int) -> list[Path]:
 
 def last_third(folders: Sequence[Path], key: str) -> np.ndarray:
     """Return a metric's mean over the last third of training, shape (seeds,)."""
-    steps, values = curves(folders, key)
-    return np.nanmean(values[:, steps > steps.max() * 2 / 3], axis=1)
+    return late(curves(folders, key)[1])
+
+
+def late(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the last third of steps, shape (seeds,), of values (seeds, steps)."""
+    steps = np.arange(1, values.shape[1] + 1)
+    return np.nanmean(values[:, steps > values.shape[1] * 2 / 3], axis=1)
 
 
 def checkpoint_of(options: Options, job: Job) -> str:
@@ -88,6 +93,11 @@ def outcome(*checks: bool) -> Literal["holds", "partly", "does not hold"]:
 def functions(name: str) -> Algorithm:
     """Return the advantages and the loss of an algorithm file."""
     return load_algorithms([algorithm(name)])[0]
+
+
+def adam(policy: Policy, lr: float) -> torch.optim.Optimizer:
+    """Return the optimiser of ``algos/``."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 class Learner:
@@ -161,6 +171,35 @@ class Learner:
         return torch.cat(
             [gradient.flatten().cpu() for gradient in gradients if gradient is not None]
         )
+
+    def train(
+        self, compute_advantages: Callable[..., Tensor], policy_loss: Callable[..., Any], *,
+        steps: int, seed: int, lr: float = 2e-4,
+    ) -> list[float]:  # fmt: skip
+        """Train from the first weights on, one update a step, as a program of ``algos/`` does.
+
+        Args:
+            compute_advantages: of rewards and group size.
+            policy_loss: of an algorithm file.
+            steps: batches.
+            seed: of questions and samples.
+            lr: of AdamW.
+
+        Returns:
+            The share of right answers of each batch.
+        """
+        self.reset()
+        optimizer = adam(self.policy, lr)
+        shares = []
+        for step in range(steps):
+            batch = self.sample(1000 * seed + step)
+            advantages = compute_advantages(torch.from_numpy(batch.rewards), self.group_size)
+            old = torch.from_numpy(batch.sampling_logprobs)
+            self.backward(batch, range(len(advantages)), advantages, old, policy_loss)
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            optimizer.step()
+            shares.append(float(batch.correct.mean()))
+        return shares
 
     def _micro_batches(self, batch: Rollout, rows: Any) -> Any:
         cuts = micro_batch_rows(batch, rows, self.group_size, MAX_TOKENS)
