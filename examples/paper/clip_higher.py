@@ -106,7 +106,7 @@ def plot(folders: Mapping[str, Path], seeds: int) -> Figure:
 @claim_options(seeds=3)
 def main(options: Options) -> None:
     """Train with four upper clips, from a base model and from a trained one."""
-    trained = trained_model(options)
+    trained = trained_model(options, "clip-higher")
     later = jobs(options, checkpoint_of(options, trained), "trained")
     base = jobs(options, "", "base")
     if options.dry_run:

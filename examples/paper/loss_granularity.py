@@ -171,7 +171,7 @@ def plot(figures: Mapping[str, Any]) -> Figure:
 @claim_options(seeds=3)
 def main(options: Options) -> None:
     """Train with either loss from a base and from a trained model, and compare the gradients."""
-    trained = trained_model(options)
+    trained = trained_model(options, "granularity")
     checkpoint = checkpoint_of(options, trained)
     base, later = jobs(options, None, "base"), jobs(options, checkpoint, "trained")
     if options.dry_run:

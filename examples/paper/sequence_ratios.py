@@ -218,7 +218,7 @@ def plot(figures: Mapping[str, Any]) -> Figure:
     return figure
 
 
-@claim_options(seeds=8)
+@claim_options(seeds=6)
 def main(options: Options) -> None:
     """Compare the variance of three importance ratios, and the tokens that four losses clip."""
     if not options.is_tiny:

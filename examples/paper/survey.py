@@ -75,10 +75,13 @@ def checkpoint_of(options: Options, job: Job) -> str:
     return str(options.runs_dir / job.name / "checkpoints" / f"step-{job.flags['steps']}")
 
 
-def trained_model(options: Options, name: str = "survey-trained") -> Job:
-    """Return the run that makes an already trained model out of the base: Dr. GRPO, seed 100."""
+def trained_model(options: Options, script: str) -> Job:
+    """Return the run that makes an already trained model out of the base: Dr. GRPO, seed 100.
+
+    Each script trains its own, since several may be at work at one time.
+    """
     steps = {"steps": 50, "prompts_per_step": 16} if options.is_tiny else {}
-    return Job(name, algorithm("dr_grpo"), settings(options, **steps, seed=100))
+    return Job(f"{script}-trained", algorithm("dr_grpo"), settings(options, **steps, seed=100))
 
 
 def outcome(*checks: bool) -> Literal["holds", "partly", "does not hold"]:
