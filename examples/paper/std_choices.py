@@ -204,10 +204,10 @@ def judge(figures: Mapping[str, Any], seeds: int) -> Verdict:
         outcome(harmful, harmless) if harmful else "does not hold",
         "No advantage can exceed (G-1)/√G = 2.47 by the group's std, whatever the pass rate, and a "
         "group of equal rewards has the gradient 0: with two rewards nothing explodes. What grows "
-        "on easy data is the weight of the rare failure, and it grows more by the std of a batch that "
-        "is easy as a whole, whose advantages are bounded by √N only. Range: by any std the weights under -1/1 are those under 0/1 "
-        "(exact), and without one they double, which Adam takes out again: the scale of rewards "
-        "alone cannot tell the choices apart.",
+        "on easy data is the weight of the rare failure, and it grows more by the std of a batch "
+        "that is easy as a whole, whose advantages are bounded by √N only. Range: by any std the "
+        "weights under -1/1 are those under 0/1 (exact), and without one they double, which Adam "
+        "takes out again: the scale of rewards alone cannot tell the choices apart.",
         f"{seeds} seeds a run, {BATCHES} batches a gradient",
     )
 
