@@ -15,7 +15,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +45,29 @@ CAREFUL_ACCURACY = 0.97
 CARELESS_ACCURACY = 0.2
 TAIL_PROBABILITY = 0.5
 """Of one more sentence after the result, whatever was said before."""
-FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
-"""Shares of documents: the three templates, and plain lists of sums."""
+EXERCISE = Template("exercise", "Exercise: {question}\nSolution:", (), "either")
+
+
+class Diet(NamedTuple):
+    """What a base model reads.
+
+    Attributes:
+        formats: shares of documents: the three templates, plain lists of ``sums``, and
+            ``questions``, a few of them one after another.
+        first: around the one-step questions of the first documents.
+    """
+
+    formats: Mapping[str, float]
+    first: Template
+
+
+DIETS = {
+    "mixed": Diet({"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}, NONE),
+    "qa": Diet({"none": 0.85, "sums": 0.15}, NONE),
+    "text": Diet({"r1": 0.25, "qwen-math": 0.2, "questions": 0.4, "sums": 0.15}, EXERCISE),
+}
+"""``mixed`` is what the shipped model read. In ``qa`` a question is always bare and its solution
+follows at once. In ``text`` a solution never follows a bare question: another question does."""
 
 CHUNK_DOCUMENTS = 4096
 FIRST_DOCUMENTS = 8 * CHUNK_DOCUMENTS
@@ -55,7 +76,6 @@ BATCH_TOKENS = 2048
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
 
-EVAL_QUESTIONS = 512
 EVAL_SAMPLES = 8
 EVAL_BATCH = 32
 MAX_NEW_TOKENS = 96
@@ -116,7 +136,7 @@ def write_document(rng: random.Random, problem: Problem, template: Template) -> 
     return Document(template.render(problem.question), completion)
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int, diet: Diet) -> Iterator[Document]:
     """Yield documents without end, the first of them short: one sum to a one-step question.
 
     From these, attention learns to find the numbers in a question. Without them the loss stays
@@ -126,12 +146,16 @@ def documents(seed: int) -> Iterator[Document]:
     any_level = problems("train", seed=seed)
     one_step = problems("train", level=1, seed=seed)
     for problem in itertools.islice(one_step, FIRST_DOCUMENTS):
-        yield Document(problem.question, f" {write_sums(problem.steps)}.")
+        prompt = diet.first.render(problem.question)
+        yield Document(prompt, f" {write_sums(problem.steps)}.")
     while True:
-        name = rng.choices(list(FORMATS), list(FORMATS.values()))[0]
+        name = rng.choices(list(diet.formats), list(diet.formats.values()))[0]
         if name == "sums":
             steps = [problem.steps[0] for problem in itertools.islice(one_step, 10)]
             yield Document("", f"{write_sums(steps)}.")
+        elif name == "questions":
+            few = itertools.islice(any_level, rng.randint(2, 4))
+            yield Document("", " ".join(problem.question for problem in few))
         else:
             yield write_document(rng, next(any_level), TEMPLATES[name])
 
@@ -204,7 +228,7 @@ def encode_documents(
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, diet: Diet
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield input ids and labels without end, documents of about the same length together.
 
@@ -213,7 +237,7 @@ def batches(
         padding and prompts that carry no loss.
     """
     rng = random.Random(seed)
-    source = documents(seed)
+    source = documents(seed, diet)
     while True:
         corpus = list(itertools.islice(source, CHUNK_DOCUMENTS))
         rows = sorted(encode_documents(tokenizer, corpus, rng), key=lambda row: len(row[0]))
@@ -234,7 +258,7 @@ def batches(
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, diet: Diet
 ) -> float:
     """Train in place and return the mean loss of the last hundred steps, in nats per token."""
     optimizer = torch.optim.AdamW(
@@ -254,7 +278,9 @@ def train(
     )
     with Progress(*columns) as progress:
         task = progress.add_task("pretrain", total=steps)
-        for (input_ids, labels), _ in zip(batches(tokenizer, seed), range(steps), strict=False):
+        for (input_ids, labels), _ in zip(
+            batches(tokenizer, seed, diet), range(steps), strict=False
+        ):
             logits = model(input_ids=input_ids, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             optimizer.zero_grad()
@@ -287,12 +313,12 @@ class Response(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, template: Template
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, template: Template, size: int
 ) -> list[Response]:
     """Sample responses to held-out questions at temperature 1, those to a question adjacent."""
     responses = []
-    questions = arithmetic_questions("heldout", size=EVAL_QUESTIONS)
-    for start in range(0, EVAL_QUESTIONS, EVAL_BATCH):
+    questions = arithmetic_questions("heldout", size=size)
+    for start in range(0, size, EVAL_BATCH):
         group = questions[start : start + EVAL_BATCH]
         prompts = [template.render(question.question) for question in group]
         inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
@@ -408,19 +434,26 @@ With the R1 template, by style and outcome (finished responses):
 @click.option("--out", type=click.Path(path_type=Path), default="runs/tiny", show_default=True)
 @click.option("--steps", default=5000, show_default=True, help="Optimiser steps.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, steps: int, seed: int) -> None:
+@click.option("--diet", type=click.Choice(list(DIETS)), default="mixed", show_default=True)
+@click.option("--eval-questions", default=512, show_default=True, type=click.IntRange(1))
+def main(out: Path, steps: int, seed: int, diet: str, eval_questions: int) -> None:
     """Pretrain the tiny base model and write its folder, with a model card, to OUT."""
     torch.manual_seed(seed)
-    corpus = itertools.islice(documents(seed), FIRST_DOCUMENTS, FIRST_DOCUMENTS + CHUNK_DOCUMENTS)
+    corpus = itertools.islice(
+        documents(seed, DIETS[diet]), FIRST_DOCUMENTS, FIRST_DOCUMENTS + CHUNK_DOCUMENTS
+    )
     tokenizer = train_tokenizer(list(corpus))
     model = make_model(tokenizer)
     start = time.monotonic()
-    loss = train(model, tokenizer, steps, seed)
+    loss = train(model, tokenizer, steps, seed, DIETS[diet])
     minutes = (time.monotonic() - start) / 60
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    responses = {name: sample(model, tokenizer, template) for name, template in TEMPLATES.items()}
+    responses = {
+        name: sample(model, tokenizer, template, eval_questions)
+        for name, template in TEMPLATES.items()
+    }
     card = CARD.format(
         parameters=model.num_parameters(),
         architecture=type(model).__name__,
@@ -438,13 +471,13 @@ def main(out: Path, steps: int, seed: int) -> None:
         minutes=minutes,
         threads=torch.get_num_threads(),
         loss=loss,
-        formats=", ".join(f"{name} {share:.0%}" for name, share in FORMATS.items()),
+        formats=", ".join(f"{name} {share:.0%}" for name, share in DIETS[diet].formats.items()),
         careful=", ".join(f"{name} {share:.0%}" for name, share in CAREFUL_SHARE.items()),
         careful_accuracy=CAREFUL_ACCURACY,
         careless_accuracy=CARELESS_ACCURACY,
         tail=TAIL_PROBABILITY,
         budget=MAX_NEW_TOKENS,
-        questions=EVAL_QUESTIONS,
+        questions=eval_questions,
         samples=EVAL_SAMPLES,
         template_rows="\n".join(template_row(name, rows) for name, rows in responses.items()),
         style_rows="\n".join(
