@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import numpy as np
 from claim import ROOT, Interval, Options
 
+from lmrl_env.questions.arithmetic import arithmetic_questions
 from lmrl_env.samples import Sample, read_samples
 from lmrl_env.scores import bootstrap_means, interval
+from lmrl_env.types import Question
 
-PRETRAIN_STEPS = 2000
+PRETRAIN_STEPS = 2400
 TINY_DIETS = ("qa", "text")
 COLORS = {"qa": "C0", "text": "C1", "mixed": "C2"}
 PAPER_MODELS = (
@@ -36,6 +39,8 @@ PAPER_RECIPE: Mapping[str, Any] = {
     "max_new_tokens": 3000, "dtype": "bfloat16", "gradient_checkpointing": True, "eval_every": 16,
 }  # fmt: skip
 """Flags of the paper's runs; see PAPER_SUITE for what they are evaluated on."""
+
+Holds = Literal["holds", "partly", "does not hold"]
 
 
 class Task(NamedTuple):
@@ -119,6 +124,20 @@ def base_models(options: Options, diets: Sequence[str] = TINY_DIETS) -> dict[str
     return {diet: [str(folder / f"{diet}-{seed}") for seed in seeds] for diet in diets}
 
 
+def write_heldout(options: Options, level: int | None) -> Path:
+    """Write held-out questions of one level, or of all, and return the file."""
+    path = options.runs_dir / "questions" / f"heldout-{level or 'all'}.jsonl"
+    write_questions(path, arithmetic_questions("heldout", level=level, size=256, seed=7))
+    return path
+
+
+def write_questions(path: Path, questions: Iterable[Question]) -> None:
+    """Write questions to a file that ``--questions`` and ``--eval-set`` take."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps({"question": q.question, "answer": q.answer}) + "\n" for q in questions)
+    path.write_text("".join(rows), encoding="utf-8")
+
+
 class Evaluation(NamedTuple):
     """Models on question sets, by ``lmrl eval``.
 
@@ -182,6 +201,11 @@ def question_means(
 def accuracy(samples: Sequence[Sample]) -> float:
     """Return the share of right samples."""
     return float(np.mean([sample.status == "correct" for sample in samples]))
+
+
+def holds(checks: Sequence[bool]) -> Holds:
+    """Return the verdict on a claim of several parts."""
+    return "holds" if all(checks) else "partly" if any(checks) else "does not hold"
 
 
 def percent(value: Interval) -> str:

@@ -8,15 +8,13 @@ same held-out questions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bases import PAPER_RECIPE
+from bases import PAPER_RECIPE, Holds, holds, percent, write_heldout, write_questions
 from claim import (
-    Interval,
     Job,
     Options,
     Verdict,
@@ -29,7 +27,8 @@ from claim import (
 )
 from matplotlib.figure import Figure
 
-from lmrl_env.questions.arithmetic import arithmetic_questions, problems
+from lmrl_env.questions.arithmetic import problems
+from lmrl_env.types import Question
 
 ENVS = {"R1": "MathR1-v0", "Qwen-Math": "MathQwen-v0", "none": "MathPlain-v0"}
 TINY_SETS = {
@@ -41,36 +40,35 @@ TINY_SETS = {
 """All levels; 32 questions of all levels; one-step questions; sums in words never read before."""
 PAPER_SETS = {"ORZ": "orz-57k", "MATH": "math-12k", "GSM8K": "gsm8k", "ASDiv": "asdiv"}
 TINY_RUN: Mapping[str, Any] = {
-    "steps": 40, "prompts_per_step": 8, "group_size": 8, "eval_every": 20, "eval_questions": 256,
+    "steps": 30, "prompts_per_step": 8, "group_size": 8, "eval_every": 15, "eval_questions": 256,
     "checkpoint_every": 0,
 }  # fmt: skip
 COLORS = ("C0", "C1", "C2", "C4")
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
-def write_questions(folder: Path) -> tuple[Path, Path]:
-    """Write the sums to train on, and the held-out questions, and return both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sums: dict[str, str] = {}
+def sums() -> list[Question]:
+    """Return sums in words that the base model never read."""
+    texts: dict[str, str] = {}
     for problem in problems("train", level=1, seed=1):
         step = problem.steps[0]
-        sums[f"Compute {step.left} {step.operator} {step.right}."] = str(step.result)
-        if len(sums) == 1000:
+        texts[f"Compute {step.left} {step.operator} {step.right}."] = str(step.result)
+        if len(texts) == 1000:
             break
-    heldout = {q.question: str(q.answer) for q in arithmetic_questions("heldout", size=256, seed=7)}
-    paths = folder / "sums.jsonl", folder / "heldout.jsonl"
-    for path, rows in zip(paths, (sums, heldout), strict=True):
-        lines = (json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows.items())
-        path.write_text("".join(lines), encoding="utf-8")
-    return paths
+    return [Question(f"sums/{i}", text, texts[text]) for i, text in enumerate(texts)]
 
 
 def jobs(options: Options) -> dict[tuple[str, str, int], Job]:
     """Return the training runs by template, question set and seed."""
     if options.is_tiny:
-        sums, heldout = write_questions(options.runs_dir / "questions")
-        sets = {**TINY_SETS, "far": str(sums)}
-        flags = {**TINY_RUN, "eval_set": str(heldout), "model": options.model or "tiny"}
+        far = options.runs_dir / "questions" / TINY_SETS["far"]
+        write_questions(far, sums())
+        sets = {**TINY_SETS, "far": str(far)}
+        flags = {
+            **TINY_RUN,
+            "eval_set": str(write_heldout(options, None)),
+            "model": options.model or "tiny",
+        }
     else:
         sets = dict(PAPER_SETS)
         flags = {**PAPER_RECIPE, "steps": 700, "eval_set": "math500"}
@@ -111,7 +109,7 @@ def spread(table: Table, template: str) -> float:
     return max(ends) - min(ends)
 
 
-def conclude(table: Table) -> tuple[str, str, str]:
+def conclude(table: Table) -> tuple[str, Holds, str]:
     """Return what was measured, the verdict and its reason, at tiny scale."""
     start = {t: float(np.mean([r["start"].mean for r in of.values()])) for t, of in table.items()}
     fitting = max(start, key=lambda t: start[t])
@@ -126,14 +124,13 @@ def conclude(table: Table) -> tuple[str, str, str]:
         min(row["end"].mean for row in fit.values()) > start[fitting] + 0.1,
         spread(table, worst) > spread(table, fitting),
     ]
-    verdict = "holds" if all(checks) else "partly" if any(checks) else "does not hold"
     reason = (
         f"Best set above worst: {spread(table, worst):.1%} under {worst}, which starts lowest, "
         f"and {spread(table, fitting):.1%} under {fitting}, which starts highest. By construction: "
         "which of the templates the base has read, and how often its solutions are careful in "
         "each. Measured: what each template costs at the start, and what the sets do to the end."
     )
-    return ends, verdict, reason
+    return ends, holds(checks), reason
 
 
 def draw_table(table: Table) -> Figure:
@@ -160,13 +157,13 @@ def main(options: Options) -> None:
     folders = train(options, list(runs.values()))
     table = measure({key: folders[job.name] for key, job in runs.items()})
     if options.is_tiny and not options.questions:
-        measured, holds, reason = conclude(table)
+        measured, outcome, reason = conclude(table)
     else:
-        measured, holds, reason = "see the table", "partly", "Compare with the paper's Fig. 7."
+        measured, outcome, reason = "see the table", "partly", "Compare with the paper's Fig. 7."
     lines = ["| template | trained on | start | end (mean, 95% by Student's t) |"]
     lines += ["|---|---|---|---|"]
     lines += [
-        f"| {template} | {label} | {row['start'].mean:.1%} | {_percent(row['end'])} |"
+        f"| {template} | {label} | {row['start'].mean:.1%} | {percent(row['end'])} |"
         for template, of in table.items()
         for label, row in of.items()
     ]
@@ -174,15 +171,11 @@ def main(options: Options) -> None:
         "section 3.3, Fig. 7",
         "A mismatched template destroys ability that RL rebuilds, and then the coverage of the "
         "question set decides; with a fitting one few or far easier questions suffice.",
-        measured, holds, reason,
+        measured, outcome, reason,
         f"{options.seeds} seeds each; the mean over them, and in the picture their range",
     )  # fmt: skip
     write(options, "coverage", "Template and question set", verdict, {"table": table},
           draw_table(table), "\n".join(lines))  # fmt: skip
-
-
-def _percent(value: Interval) -> str:
-    return f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
 
 
 if __name__ == "__main__":

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bases import PAPER_RECIPE, Task, base_models, example, run_all
+from bases import (
+    PAPER_RECIPE,
+    Holds,
+    Task,
+    base_models,
+    example,
+    holds,
+    percent,
+    run_all,
+    write_heldout,
+)
 from claim import (
     ROOT,
-    Interval,
     Job,
     Options,
     Verdict,
@@ -30,7 +39,6 @@ from claim import (
     train,
     write,
 )
-from coverage import write_questions
 from matplotlib.figure import Figure
 
 TEXTS = {"+ sums": "sums", "+ QA": "qa"}
@@ -63,7 +71,7 @@ def write_text(folder: Path, kind: str, seed: int) -> Path:
     if not path.exists():
         pretrain = example("pretrain_tiny")
         formats = {"sums": 1.0} if kind == "sums" else {"none": 1.0}
-        diet = pretrain.Diet(formats, pretrain.EXERCISE)
+        diet = pretrain.Diet(formats, pretrain.NONE, 1)
         stream = pretrain.documents(1000 + seed, diet)
         few = itertools.islice(
             stream, pretrain.FIRST_DOCUMENTS, pretrain.FIRST_DOCUMENTS + DOCUMENTS
@@ -94,8 +102,8 @@ def continued(options: Options) -> dict[str, list[str]]:
         models[name] = []
         for seed, base in enumerate(models["plain"], start=1):
             out = folder / f"text-{seed}-{kind}"
-            text = write_text(options.runs_dir / "texts", kind, seed)
-            flags = [f"--model={base}", f"--text={text}", f"--out={out}", f"--seed={seed}"]
+            documents = write_text(options.runs_dir / "texts", kind, seed)
+            flags = [f"--model={base}", f"--text={documents}", f"--out={out}", f"--seed={seed}"]
             tasks.append(Task(out.name, [program, *flags, *TINY_TRAINING], out))
             models[name].append(str(out))
     run_all(options, tasks)
@@ -106,8 +114,11 @@ def jobs(options: Options, models: Mapping[str, Sequence[str]]) -> dict[tuple[st
     """Return the training runs by base model, algorithm and seed."""
     flags: dict[str, Any] = {"env": "MathR1-v0"}
     if options.is_tiny:
-        _, heldout = write_questions(options.runs_dir / "questions")
-        flags |= {**TINY_RUN, "questions": "arithmetic", "eval_set": str(heldout)}
+        flags |= {
+            **TINY_RUN,
+            "questions": "arithmetic:level=1",
+            "eval_set": str(write_heldout(options, 1)),
+        }
     else:
         flags |= {**PAPER_RECIPE, "steps": 700, "questions": "math-12k", "eval_set": "math500"}
     if options.questions:
@@ -144,7 +155,7 @@ def measure(folders: Mapping[tuple[str, str, int], Path]) -> dict[str, dict[str,
     return table
 
 
-def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str]:
+def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, Holds, str]:
     """Return what was measured, the verdict and its reason."""
     first, *others = table
     ends = {name: of["dr_grpo"]["accuracy_end"].mean for name, of in table.items()}
@@ -163,7 +174,6 @@ def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str]:
         ends[others[-1]] == max(ends.values()),
         last["grpo"]["length_end"].mean > last["dr_grpo"]["length_end"].mean,
     ]
-    verdict = "holds" if all(checks) else "partly" if any(checks) else "does not hold"
     words = ("no", "yes")
     reason = (
         "Every kind of further text raises the end: "
@@ -173,7 +183,7 @@ def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str]:
         "solutions, 60% of them careful). Measured: what RL under the R1 template, which the "
         "further text does not have, makes of it."
     )
-    return measured, verdict, reason
+    return measured, holds(checks), reason
 
 
 def draw_table(table: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -204,12 +214,12 @@ def main(options: Options) -> None:
     runs = jobs(options, models)
     folders = train(options, list(runs.values()))
     table = measure({key: folders[job.name] for key, job in runs.items()})
-    measured, holds, reason = conclude(table)
+    measured, outcome, reason = conclude(table)
     lines = ["| base | algorithm | accuracy, start | end | gain | length, start | end |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {program} | {_percent(row['accuracy_start'])} | "
-        f"{_percent(row['accuracy_end'])} | {_percent(row['accuracy_gain'])} | "
+        f"| {name} | {program} | {percent(row['accuracy_start'])} | "
+        f"{percent(row['accuracy_end'])} | {percent(row['accuracy_gain'])} | "
         f"{row['length_start']} | {row['length_end']} |"
         for name, of in table.items()
         for program, row in of.items()
@@ -218,15 +228,11 @@ def main(options: Options) -> None:
         "section 3.4, Fig. 8",
         "Domain pretraining raises the ceiling of RL, question-answer text most; under GRPO "
         "accuracy and length then increase together, under Dr. GRPO length does not.",
-        measured, holds, reason,
+        measured, outcome, reason,
         f"{options.seeds} seeds of pretraining and training; intervals by Student's t",
     )  # fmt: skip
     write(options, "domain_pretraining", "Domain pretraining and the ceiling of RL", verdict,
           {"table": table}, draw_table(table), "\n".join(lines))  # fmt: skip
-
-
-def _percent(value: Interval) -> str:
-    return f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(options: Options) -> None:
     """Measure pass@8 of base models against temperature."""
     if options.is_tiny:
         models = {**base_models(options), "mixed": [options.model or "tiny"]}
-        flags = {"suite": "arithmetic", "limit": 64, "n": 8, "max_new_tokens": 96}
+        flags = {"suite": "arithmetic:level=1", "limit": 64, "n": 8, "max_new_tokens": 96}
     else:
         names = [options.model] if options.model else PAPER_MODELS
         models = {name: [name] for name in names}

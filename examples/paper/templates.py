@@ -21,10 +21,12 @@ from bases import (
     PAPER_MODELS,
     PAPER_SUITE,
     Evaluation,
+    Holds,
     accuracy,
     base_models,
     evaluate,
     example,
+    holds,
     percent,
     question_means,
 )
@@ -57,7 +59,7 @@ def four_shot(options: Options) -> str:
     """Return the text of a prompt with four solved examples, boxed as the verifier expects."""
     shots: Sequence[tuple[str, str]] = SHOTS
     if options.is_tiny:
-        chain = problems("train", seed=4)
+        chain = problems("train", level=1, seed=4)
         sums = example("pretrain_tiny").write_sums
         shots = [
             (p.question, f"{sums(p.steps)}. \\boxed{{{p.answer}}}")
@@ -121,7 +123,7 @@ def measure(
     return table
 
 
-def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple[str, str, str]:
+def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple[str, Holds, str]:
     """Return what was measured, the verdict and its reason, at tiny scale."""
     best = {
         name: max(of, key=lambda template: of[template]["accuracy"].mean)
@@ -140,7 +142,6 @@ def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple
         text["r1"]["answering"].low > text["none"]["answering"].high,
         qa["none"]["answering"].mean > 0.95,
     ]
-    verdict = "holds" if all(checks) else "partly" if any(checks) else "does not hold"
     reason = (
         "By construction: which base read solutions right behind bare questions (qa) and which "
         "only in templates (text), so that the two answering rates without a template must differ. "
@@ -149,7 +150,7 @@ def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple
         "diet never had cost, and that the other diet gives Llama's. It shows that the hypothesis "
         "suffices for the pattern, not that Qwen2.5 was so trained."
     )
-    return measured, verdict, reason
+    return measured, holds(checks), reason
 
 
 def draw_table(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> Figure:
@@ -178,7 +179,7 @@ def main(options: Options) -> None:
     """Measure answering rate and accuracy of base models under four prompts."""
     if options.is_tiny:
         models = {**base_models(options), "mixed": [options.model or "tiny"]}
-        flags = {"suite": "arithmetic", "limit": 128, "n": 4, "temperature": 1.0}
+        flags = {"suite": "arithmetic:level=1", "limit": 128, "n": 4, "temperature": 1.0}
         flags["max_new_tokens"] = 96
     else:
         names = [options.model] if options.model else PAPER_MODELS
@@ -204,9 +205,9 @@ def main(options: Options) -> None:
         samples["four-shot"] = grade(first_answer(samples["four-shot"]), grader)
     table = measure(samples, models)
     if options.is_tiny:
-        measured, holds, reason = conclude(table)
+        measured, outcome, reason = conclude(table)
     else:
-        measured, holds, reason = "see the table", "partly", "Compare with the paper's Table 1."
+        measured, outcome, reason = "see the table", "partly", "Compare with the paper's Table 1."
     lines = ["| base model | template | answers | right |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {template} | {percent(row['answering'])} | {percent(row['accuracy'])} |"
@@ -218,7 +219,7 @@ def main(options: Options) -> None:
         "A template makes base models answer instead of continue the question; Qwen2.5-Math "
         "answers every question without one, and best so, which question-answer text in its "
         "pretraining would explain.",
-        measured, holds, reason,
+        measured, outcome, reason,
         f"{options.seeds} pretraining seeds of qa and text, one of mixed; 95% intervals by "
         "bootstrap over 128 questions, 4 responses each" if options.is_tiny else "greedy",
     )  # fmt: skip
