@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from lmrl_env import distributed
 from lmrl_env.checkpoint import save_model
-from lmrl_env.durable import whole_folder
+from lmrl_env.durable import whole_folder, write_text
 from lmrl_env.errors import ConfigurationError, LmrlError, QuestionError
 from lmrl_env.policy import load_model
 from lmrl_env.questions.grammar import parse_set
@@ -198,7 +198,8 @@ def train(
 ) -> list[float]:
     """Train in place, from the last checkpoint on if there is one, and return all losses."""
     batches = schedule_batches(len(sequences), settings, accelerator.num_processes)
-    unfinished, losses = checkpoint_folder(settings.out), []
+    losses: list[float] = []
+    unfinished = last_checkpoint(accelerator, settings.out)
     record = json.dumps({**asdict(settings), "out": ""}, default=str)
     if (unfinished / "losses.json").exists():
         before, losses = json.loads((unfinished / "losses.json").read_text())
@@ -229,13 +230,26 @@ def checkpoint_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
+def last_checkpoint(accelerator: Accelerator, out: Path) -> Path:
+    """Return where the last checkpoint is, if there is one, or shall be."""
+    folder = checkpoint_folder(out)
+    newer = folder.with_name(f"{folder.name}.partial")
+    if accelerator.is_main_process and not folder.exists() and (newer / "losses.json").exists():
+        newer.rename(folder)  # broken off after the old one was removed
+    distributed.wait_for_everyone(accelerator)
+    return folder
+
+
 def save_checkpoint(accelerator: Accelerator, folder: Path, losses: str) -> None:
-    """Replace the checkpoint; a run that is broken off meanwhile has one of both."""
+    """Replace the checkpoint; at every moment there is a whole one, once there was one."""
     partial = folder.with_name(f"{folder.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    distributed.wait_for_everyone(accelerator)
     accelerator.save_state(str(partial))
     distributed.wait_for_everyone(accelerator)
     if accelerator.is_main_process:
-        (partial / "losses.json").write_text(losses)
+        write_text(partial / "losses.json", losses)  # last: it says that the rest is whole
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     distributed.wait_for_everyone(accelerator)

@@ -149,6 +149,8 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_model(settings, monkeypat
     assert not again.out.exists()
     with pytest.raises(ConfigurationError, match="holds a run with other settings"):
         program.run(replace(again, lr=1e-4))
+    unfinished = program.checkpoint_folder(again.out)
+    unfinished.rename(unfinished.with_name(f"{unfinished.name}.partial"))  # its last moment
     assert same(whole, weights(again))
     assert same(whole, weights(whole_too))
 

@@ -42,9 +42,10 @@ from claim import (
 from matplotlib.figure import Figure
 
 TEXTS = {"+ sums": "sums", "+ QA": "qa"}
-DOCUMENTS = 6000
+DOCUMENTS = {"sums": 5000, "qa": 10000}
+"""About as many tokens of each."""
 TINY_TRAINING = (
-    "--sequence-length=256", "--batch-size=8",
+    "--epochs=1", "--sequence-length=256", "--batch-size=8",
     "--micro-batch-size=8", "--lr=5e-4", "--schedule=cosine", "--warmup-steps=20",
     "--checkpoint-every=0",
 )  # fmt: skip
@@ -74,7 +75,7 @@ def write_text(folder: Path, kind: str, seed: int) -> Path:
         diet = pretrain.Diet(formats, pretrain.NONE, 1)
         stream = pretrain.documents(1000 + seed, diet)
         few = itertools.islice(
-            stream, pretrain.FIRST_DOCUMENTS, pretrain.FIRST_DOCUMENTS + DOCUMENTS
+            stream, pretrain.FIRST_DOCUMENTS, pretrain.FIRST_DOCUMENTS + DOCUMENTS[kind]
         )
         lines = [json.dumps({"text": d.prompt + d.completion}) + "\n" for d in few]
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ domain = load("paper/domain_pretraining")
 
 
 def test_the_texts_are_sums_alone_or_questions_with_solutions(tmp_path, monkeypatch):
-    monkeypatch.setattr(domain, "DOCUMENTS", 50)
+    monkeypatch.setattr(domain, "DOCUMENTS", {"sums": 50, "qa": 50})
     for kind in ("sums", "qa"):
         path = domain.write_text(tmp_path, kind, seed=1)
         documents = [json.loads(line)["text"] for line in path.read_text().splitlines()]
