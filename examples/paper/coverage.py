@@ -110,7 +110,7 @@ def spread(table: Table, template: str) -> float:
 
 
 def conclude(table: Table) -> tuple[str, Holds, str]:
-    """Return what was measured, the verdict and its reason, at tiny scale."""
+    """Return what was measured, the verdict and its reason."""
     start = {t: float(np.mean([r["start"].mean for r in of.values()])) for t, of in table.items()}
     fitting = max(start, key=lambda t: start[t])
     worst = min(start, key=lambda t: start[t])
@@ -124,13 +124,22 @@ def conclude(table: Table) -> tuple[str, Holds, str]:
         min(row["end"].mean for row in fit.values()) > start[fitting] + 0.1,
         spread(table, worst) > spread(table, fitting),
     ]
+    words = ["yes" if check else "no" for check in checks]
     reason = (
-        f"Best set above worst: {spread(table, worst):.1%} under {worst}, which starts lowest, "
-        f"and {spread(table, fitting):.1%} under {fitting}, which starts highest. By construction: "
-        "which of the templates the base has read, and how often its solutions are careful in "
-        "each. Measured: what each template costs at the start, and what the sets do to the end."
+        f"With {fitting}, which starts highest, every set ends at least 10 points above the start: "
+        f"{words[0]}. The sets matter more with {worst}, which starts lowest: {words[1]}; the best "
+        f"ends {spread(table, worst):.1%} above the worst there, and {spread(table, fitting):.1%} "
+        f"with {fitting}."
     )
     return ends, holds(checks), reason
+
+
+CONSTRUCTED = (
+    " By construction: the base has read all three templates, and solutions are careful most often "
+    "without one (60%, with R1 30%); no template is as foreign to it as R1 is to Qwen2.5-Math. "
+    "Measured: what each costs at the start, and what the sets do to the end."
+)
+"""What the shipped model's corpus decides."""
 
 
 def draw_table(table: Table) -> Figure:
@@ -156,10 +165,9 @@ def main(options: Options) -> None:
     runs = jobs(options)
     folders = train(options, list(runs.values()))
     table = measure({key: folders[job.name] for key, job in runs.items()})
-    if options.is_tiny and not options.questions:
-        measured, outcome, reason = conclude(table)
-    else:
-        measured, outcome, reason = "see the table", "partly", "Compare with the paper's Fig. 7."
+    measured, outcome, reason = conclude(table)
+    if options.is_tiny:
+        reason += CONSTRUCTED
     lines = ["| template | trained on | start | end (mean, 95% by Student's t) |"]
     lines += ["|---|---|---|---|"]
     lines += [

@@ -179,12 +179,17 @@ def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, Holds, str]:
     reason = (
         "Every kind of further text raises the end: "
         f"{words[checks[0]]}. Question-answer text raises it most: {words[checks[1]]}. GRPO ends "
-        f"longer than Dr. GRPO on that base: {words[checks[2]]}. By construction: what the plain "
-        "base and the two texts contain (solutions in templates; sums alone; bare questions with "
-        "solutions, 60% of them careful). Measured: what RL under the R1 template, which the "
-        "further text does not have, makes of it."
+        f"longer than Dr. GRPO on that base: {words[checks[2]]}."
     )
     return measured, holds(checks), reason
+
+
+CONSTRUCTED = (
+    " By construction: what the plain base and the two texts contain (solutions in templates; sums "
+    "alone; bare questions with solutions, 60% of them careful). Measured: what RL under the R1 "
+    "template, which the further text does not have, makes of it."
+)
+"""What the texts of the tiny bases decide."""
 
 
 def draw_table(table: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -216,6 +221,8 @@ def main(options: Options) -> None:
     folders = train(options, list(runs.values()))
     table = measure({key: folders[job.name] for key, job in runs.items()})
     measured, outcome, reason = conclude(table)
+    if options.is_tiny:
+        reason += CONSTRUCTED
     lines = ["| base | algorithm | accuracy, start | end | gain | length, start | end |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [

@@ -102,9 +102,8 @@ def main(options: Options) -> None:
         measured,
         "holds" if min(lows) > 0 else "partly" if max(lows) > 0 else "does not hold",
         f"The lowest end of all {len(lows)} intervals is {min(lows):.1%}. Below temperature 1 "
-        "the eight responses are less various, above it each is less accurate. The claim is a "
-        "weak one for these models, whose corpus has careful and careless solutions in every "
-        "form: that they mix both is by construction; where pass@8 peaks is measured.",
+        "the eight responses are expected to be less various, above it each less accurate. That "
+        "the tiny models mix careful and careless solutions is by construction.",
         f"{options.seeds} pretraining seeds of qa and text, one of mixed; 95% intervals by "
         "bootstrap over questions, 8 responses each",
     )

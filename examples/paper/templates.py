@@ -123,8 +123,16 @@ def measure(
     return table
 
 
-def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple[str, Holds, str]:
-    """Return what was measured, the verdict and its reason, at tiny scale."""
+def conclude(
+    table: Mapping[str, Mapping[str, Mapping[str, Interval]]], joined: str, apart: str
+) -> tuple[str, Holds, str]:
+    """Return what was measured, the verdict and its reason.
+
+    Args:
+        table: by base model and template.
+        joined: the base that read questions and answers joined, or is supposed to have.
+        apart: the base that did not.
+    """
     best = {
         name: max(of, key=lambda template: of[template]["accuracy"].mean)
         for name, of in table.items()
@@ -135,22 +143,25 @@ def conclude(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> tuple
         f"({percent(of[best[name]]['accuracy'])})"
         for name, of in table.items()
     )
-    qa, text = table["qa"], table["text"]
-    checks = [
-        best["qa"] == "none",
-        qa["none"]["accuracy"].low > qa["four-shot"]["accuracy"].high,
-        text["r1"]["answering"].low > text["none"]["answering"].high,
-        qa["none"]["answering"].mean > 0.95,
-    ]
-    reason = (
-        "By construction: which base read solutions right behind bare questions (qa) and which "
-        "only in templates (text), so that the two answering rates without a template must differ. "
-        "Measured: that this diet alone gives Qwen2.5's pattern (all bare questions answered, no "
-        "template best, and four-shot worse), by how much a template or four examples that the "
-        "diet never had cost, and that the other diet gives Llama's. It shows that the hypothesis "
-        "suffices for the pattern, not that Qwen2.5 was so trained."
-    )
-    return measured, holds(checks), reason
+    bare, shots = table[joined]["none"], table[joined]["four-shot"]
+    parts = {
+        f"{joined} answers more than 95% of bare questions": bare["answering"].mean > 0.95,
+        f"{joined} is right most often without a template": best[joined] == "none",
+        "and more often than with four examples": bare["accuracy"].low > shots["accuracy"].high,
+        f"R1 makes {apart} answer more often": table[apart]["r1"]["answering"].low
+        > table[apart]["none"]["answering"].high,
+    }
+    found = "; ".join(f"{part}: {'yes' if is_so else 'no'}" for part, is_so in parts.items())
+    return measured, holds(list(parts.values())), f"{found[0].upper()}{found[1:]}."
+
+
+CONSTRUCTED = (
+    " By construction: qa read solutions right behind bare questions and text only in templates, "
+    "so the first and the last part nearly must hold. Measured: how nearly, and what a template or "
+    "four examples that a diet never had cost. If qa shows the pattern of Qwen2.5-Math, the "
+    "hypothesis suffices for it; that Qwen2.5 was so trained does not follow."
+)
+"""Which parts of the verdict the diets decide."""
 
 
 def draw_table(table: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> Figure:
@@ -204,10 +215,11 @@ def main(options: Options) -> None:
     with Grader(verifier_for("either")) as grader:
         samples["four-shot"] = grade(first_answer(samples["four-shot"]), grader)
     table = measure(samples, models)
+    roles = ("qa", "text") if options.is_tiny else (PAPER_MODELS[0], "meta-llama/Llama-3.1-8B")
+    joined, apart = (role if role in table else asked[0] for role in roles)
+    measured, outcome, reason = conclude(table, joined, apart)
     if options.is_tiny:
-        measured, outcome, reason = conclude(table)
-    else:
-        measured, outcome, reason = "see the table", "partly", "Compare with the paper's Table 1."
+        reason += CONSTRUCTED
     lines = ["| base model | template | answers | right |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {template} | {percent(row['answering'])} | {percent(row['accuracy'])} |"

@@ -61,11 +61,13 @@ def table(qa_none):
 
 
 def test_the_verdict_follows_the_figures():
-    assert templates.conclude(table(row(1.0, 0.5)))[1] == "holds"
-    assert templates.conclude(table(row(0.9, 0.5)))[1] == "partly"
+    assert templates.conclude(table(row(1.0, 0.5)), "qa", "text")[1] == "holds"
+    _, verdict, reason = templates.conclude(table(row(0.9, 0.5)), "qa", "text")
+    assert verdict == "partly"
+    assert reason.startswith("Qa answers more than 95% of bare questions: no; ")
     flat = {name: row(0.5, 0.1) for name in templates.TEMPLATES}
     flat["r1"] = row(0.5, 0.2)
-    assert templates.conclude({"qa": flat, "text": flat})[1] == "does not hold"
+    assert templates.conclude({"qa": flat, "text": flat}, "qa", "text")[1] == "does not hold"
 
 
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
