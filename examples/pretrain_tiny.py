@@ -15,7 +15,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lmrl_env.linear import use_onednn
 from lmrl_env.questions.arithmetic import (
     LARGEST,
     SMALLEST,
@@ -35,6 +36,7 @@ from lmrl_env.questions.arithmetic import (
     problems,
 )
 from lmrl_env.templates import NONE, QWEN_MATH, R1, TEMPLATES, Template
+from lmrl_env.types import Question
 
 EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 512
@@ -45,8 +47,32 @@ CAREFUL_ACCURACY = 0.97
 CARELESS_ACCURACY = 0.2
 TAIL_PROBABILITY = 0.5
 """Of one more sentence after the result, whatever was said before."""
-FORMATS = {"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}
-"""Shares of documents: the three templates, and plain lists of sums."""
+EXERCISE = Template("exercise", "Exercise: {question}\nSolution:", (), "either")
+
+
+class Diet(NamedTuple):
+    """What a base model reads.
+
+    Attributes:
+        formats: shares of documents: the three templates, plain lists of ``sums``, and
+            ``questions``, a few of them one after another.
+        first: around the one-step questions of the first documents.
+        level: of the problems, or None for all levels.
+    """
+
+    formats: Mapping[str, float]
+    first: Template
+    level: int | None
+
+
+DIETS = {
+    "mixed": Diet({"r1": 0.2, "qwen-math": 0.15, "none": 0.5, "sums": 0.15}, NONE, None),
+    "qa": Diet({"none": 0.85, "sums": 0.15}, NONE, 1),
+    "text": Diet({"r1": 0.35, "qwen-math": 0.25, "questions": 0.25, "sums": 0.15}, EXERCISE, 1),
+}
+"""``mixed`` is what the shipped model read. In ``qa`` a question is always bare and its solution
+follows at once. In ``text`` a solution never follows a bare question: another question does. The
+last two have one-step problems only, so that two thousand steps suffice."""
 
 CHUNK_DOCUMENTS = 4096
 FIRST_DOCUMENTS = 8 * CHUNK_DOCUMENTS
@@ -55,7 +81,6 @@ BATCH_TOKENS = 2048
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
 
-EVAL_QUESTIONS = 512
 EVAL_SAMPLES = 8
 EVAL_BATCH = 32
 MAX_NEW_TOKENS = 96
@@ -116,24 +141,28 @@ def write_document(rng: random.Random, problem: Problem, template: Template) -> 
     return Document(template.render(problem.question), completion)
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int, diet: Diet) -> Iterator[Document]:
     """Yield documents without end, the first of them short: one sum to a one-step question.
 
     From these, attention learns to find the numbers in a question. Without them the loss stays
     for thousands of steps where sums are right but their numbers are not those of the question.
     """
     rng = random.Random(seed)
-    any_level = problems("train", seed=seed)
+    chosen = problems("train", level=diet.level, seed=seed)
     one_step = problems("train", level=1, seed=seed)
     for problem in itertools.islice(one_step, FIRST_DOCUMENTS):
-        yield Document(problem.question, f" {write_sums(problem.steps)}.")
+        prompt = diet.first.render(problem.question)
+        yield Document(prompt, f" {write_sums(problem.steps)}.")
     while True:
-        name = rng.choices(list(FORMATS), list(FORMATS.values()))[0]
+        name = rng.choices(list(diet.formats), list(diet.formats.values()))[0]
         if name == "sums":
             steps = [problem.steps[0] for problem in itertools.islice(one_step, 10)]
             yield Document("", f"{write_sums(steps)}.")
+        elif name == "questions":
+            few = itertools.islice(chosen, rng.randint(2, 4))
+            yield Document("", " ".join(problem.question for problem in few))
         else:
-            yield write_document(rng, next(any_level), TEMPLATES[name])
+            yield write_document(rng, next(chosen), TEMPLATES[name])
 
 
 def train_tokenizer(corpus: Sequence[Document]) -> PreTrainedTokenizerFast:
@@ -204,7 +233,7 @@ def encode_documents(
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, diet: Diet
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield input ids and labels without end, documents of about the same length together.
 
@@ -213,7 +242,7 @@ def batches(
         padding and prompts that carry no loss.
     """
     rng = random.Random(seed)
-    source = documents(seed)
+    source = documents(seed, diet)
     while True:
         corpus = list(itertools.islice(source, CHUNK_DOCUMENTS))
         rows = sorted(encode_documents(tokenizer, corpus, rng), key=lambda row: len(row[0]))
@@ -234,7 +263,7 @@ def batches(
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, diet: Diet
 ) -> float:
     """Train in place and return the mean loss of the last hundred steps, in nats per token."""
     optimizer = torch.optim.AdamW(
@@ -254,7 +283,9 @@ def train(
     )
     with Progress(*columns) as progress:
         task = progress.add_task("pretrain", total=steps)
-        for (input_ids, labels), _ in zip(batches(tokenizer, seed), range(steps), strict=False):
+        for (input_ids, labels), _ in zip(
+            batches(tokenizer, seed, diet), range(steps), strict=False
+        ):
             logits = model(input_ids=input_ids, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             optimizer.zero_grad()
@@ -287,12 +318,14 @@ class Response(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, template: Template
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    questions: Sequence[Question],
 ) -> list[Response]:
-    """Sample responses to held-out questions at temperature 1, those to a question adjacent."""
+    """Sample responses to questions at temperature 1, those to a question adjacent."""
     responses = []
-    questions = arithmetic_questions("heldout", size=EVAL_QUESTIONS)
-    for start in range(0, EVAL_QUESTIONS, EVAL_BATCH):
+    for start in range(0, len(questions), EVAL_BATCH):
         group = questions[start : start + EVAL_BATCH]
         prompts = [template.render(question.question) for question in group]
         inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
@@ -363,21 +396,23 @@ CARD = """# tiny
 A base language model of {parameters:,} parameters, for trying reinforcement learning on a laptop:
 `{architecture}`, {layers} layers of width {width}, context {context}, float32, with a byte-level
 BPE tokenizer of {vocab} tokens (any text can be encoded; every digit is a token). It was trained
-from scratch on nothing but text that its script makes: word problems of the training split of the
-built-in `arithmetic` questions, posed in the R1 template, in the Qwen-Math template or bare, with
-careful and careless solutions, and lists of sums. It knows nothing else, has seen no text longer
-than about 300 tokens, and is no instruction follower. Licence: MIT, as the package.
+from scratch on nothing but text that its script makes, the diet `{diet}`: {levels} word problems of
+the training split of the built-in `arithmetic` questions, with careful and careless solutions. In
+`mixed` they stand in the R1 template, in the Qwen-Math template or bare; in `qa` they are bare; in
+`text` those with a solution stand in a template, and bare ones follow one another. It
+knows nothing else, has seen no text longer than about 300 tokens, and is no instruction follower.
+Licence: MIT, as the package.
 
 A careful solution works step by step; a careless one guesses, is shorter, and mostly wrong. The
 first words show which it is. After the result follow sentences that repeat and never revise it.
 
 ## Recipe
 
-`python examples/pretrain_tiny.py --steps {steps} --seed {seed}` took {minutes:.0f} minutes on
-{threads} CPU threads. Final loss: {loss:.3f} nats a token.
+`python examples/pretrain_tiny.py --diet {diet} --steps {steps} --seed {seed}` took
+{minutes:.0f} minutes on {threads} CPU threads. Final loss: {loss:.3f} nats a token.
 
-- Data: {first:,} short documents (a one-step question and its sum), then, without end, documents of
-  these kinds: {formats}. No question
+- Data: {first:,} short documents (a one-step question and its sum{exercise}), then,
+  without end, documents of these kinds: {formats}. No question
   has a held-out expression; one step of a longer training problem may equal a held-out sum.
 - Careful solutions: {careful}. They are right {careful_accuracy:.0%} of the time (the others slip
   in the last step), careless ones {careless_accuracy:.0%} (the others are a random number).
@@ -408,19 +443,28 @@ With the R1 template, by style and outcome (finished responses):
 @click.option("--out", type=click.Path(path_type=Path), default="runs/tiny", show_default=True)
 @click.option("--steps", default=5000, show_default=True, help="Optimiser steps.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, steps: int, seed: int) -> None:
+@click.option("--diet", type=click.Choice(list(DIETS)), default="mixed", show_default=True)
+@click.option("--eval-questions", default=512, show_default=True, type=click.IntRange(1))
+def main(out: Path, steps: int, seed: int, diet: str, eval_questions: int) -> None:
     """Pretrain the tiny base model and write its folder, with a model card, to OUT."""
     torch.manual_seed(seed)
-    corpus = itertools.islice(documents(seed), FIRST_DOCUMENTS, FIRST_DOCUMENTS + CHUNK_DOCUMENTS)
+    corpus = itertools.islice(
+        documents(seed, DIETS[diet]), FIRST_DOCUMENTS, FIRST_DOCUMENTS + CHUNK_DOCUMENTS
+    )
     tokenizer = train_tokenizer(list(corpus))
     model = make_model(tokenizer)
+    if diet != "mixed":  # which keeps the arithmetic that the shipped model was made with
+        use_onednn(model)
     start = time.monotonic()
-    loss = train(model, tokenizer, steps, seed)
+    loss = train(model, tokenizer, steps, seed, DIETS[diet])
     minutes = (time.monotonic() - start) / 60
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    responses = {name: sample(model, tokenizer, template) for name, template in TEMPLATES.items()}
+    heldout = arithmetic_questions("heldout", level=DIETS[diet].level, size=eval_questions)
+    responses = {
+        name: sample(model, tokenizer, template, heldout) for name, template in TEMPLATES.items()
+    }
     card = CARD.format(
         parameters=model.num_parameters(),
         architecture=type(model).__name__,
@@ -428,9 +472,12 @@ def main(out: Path, steps: int, seed: int) -> None:
         width=model.config.hidden_size,
         context=model.config.max_position_embeddings,
         vocab=VOCAB_SIZE,
+        diet=diet,
+        levels=f"level-{DIETS[diet].level}" if DIETS[diet].level else "all",
         steps=steps,
         seed=seed,
         first=FIRST_DOCUMENTS,
+        exercise="" if DIETS[diet].first is NONE else ", named as an exercise",
         prompt_loss=1 / PROMPT_LOSS_SHARE,
         batch_tokens=BATCH_TOKENS,
         lr=LEARNING_RATE,
@@ -438,13 +485,13 @@ def main(out: Path, steps: int, seed: int) -> None:
         minutes=minutes,
         threads=torch.get_num_threads(),
         loss=loss,
-        formats=", ".join(f"{name} {share:.0%}" for name, share in FORMATS.items()),
+        formats=", ".join(f"{name} {share:.0%}" for name, share in DIETS[diet].formats.items()),
         careful=", ".join(f"{name} {share:.0%}" for name, share in CAREFUL_SHARE.items()),
         careful_accuracy=CAREFUL_ACCURACY,
         careless_accuracy=CARELESS_ACCURACY,
         tail=TAIL_PROBABILITY,
         budget=MAX_NEW_TOKENS,
-        questions=EVAL_QUESTIONS,
+        questions=eval_questions,
         samples=EVAL_SAMPLES,
         template_rows="\n".join(template_row(name, rows) for name, rows in responses.items()),
         style_rows="\n".join(
