@@ -74,6 +74,7 @@ LAYERS = (
         "comparison",
         "analysis",
         "cli",
+        "gallery",
         "export",
         "__main__",
     ),
