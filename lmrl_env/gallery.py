@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment
 from markdown_it import MarkdownIt
@@ -122,12 +122,13 @@ def read_claim(path: Path) -> Claim:
         ) from error
 
 
-def _tables(path: Path, record: Mapping[str, dict[str, str]]) -> str:
+def _tables(path: Path, record: Mapping[str, Any]) -> str:
     """Return what stands between verdict and picture in a script's Markdown, if it is there."""
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8")
-    _, _, behind = text.partition(record["verdict"]["reason"].strip() + "\n\n")
+    verdict = record["verdict"]
+    _, _, behind = text.partition(f"**Verdict: {verdict['holds']}.** {verdict['reason']}")
     return behind.rpartition(f"![{record['title']}]")[0].strip()
 
 

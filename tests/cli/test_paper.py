@@ -120,7 +120,7 @@ def test_a_failing_script_is_named_with_its_output_and_the_others_go_on(checkout
     assert "2 to run, 10 minutes on 2 cores" in result.stdout
     page = Page((checkout / "runs/paper/results/report.html").read_text())
     assert "Title of good" in page.text
-    assert "About bad." in page.text and "1 not run yet" in page.text
+    assert "About bad." in page.text and "not run yet: 1" in page.text
 
 
 def test_a_result_that_stands_is_not_measured_again_unless_asked(checkout):
@@ -251,6 +251,13 @@ def test_a_missing_picture_or_table_is_no_error(tmp_path):
     (claim,) = read_claims(tmp_path)
     assert claim.picture is None and claim.tables == ""
     assert "The picture one.png is missing" in report([claim], {})
+
+
+@pytest.mark.parametrize("reason", ["", "It ends with a blank. ", "One.\n\nTwo paragraphs."])
+def test_tables_are_found_behind_any_reason(tmp_path, reason):
+    verdict = {"section": "§1", "claim": "", "measured": "", "holds": "partly", "reason": reason}
+    save(tmp_path, "one", holds="partly", verdict=verdict | {"seeds": "1"})
+    assert read_claims(tmp_path)[0].tables == TABLE
 
 
 def test_claims_stand_in_the_order_of_the_paper(tmp_path):
