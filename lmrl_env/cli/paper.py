@@ -121,7 +121,7 @@ def find_scripts() -> list[Script]:
             f"there are no scripts in {str(SCRIPTS)!r}, as the package is installed without them: "
             "lmrl paper works in a checkout, installed with pip install -e ."
         )
-    known = {claim.name: claim.minutes * claim.jobs for claim in read_claims(COMMITTED)}
+    known = {claim.name: claim.core_minutes for claim in read_claims(COMMITTED)}
     scripts = []
     for path in SCRIPTS.glob("*.py"):
         text = path.read_text(encoding="utf-8")

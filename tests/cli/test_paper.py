@@ -289,6 +289,17 @@ def test_a_broken_record_is_named(tmp_path, change, said):
     assert "one.json' is no record of a claim" in str(error.value)
 
 
+def test_times_are_those_on_two_cores(tmp_path):
+    save(tmp_path, "one", minutes=30.0, jobs=1)
+    save(tmp_path, "two", minutes=1.0, jobs=4)
+    save(tmp_path, "three", minutes=0.5, jobs=2)
+    claims = read_claims(tmp_path)
+    assert {claim.name: claim.duration for claim in claims} == {
+        "one": "15 min", "two": "2 min", "three": "< 1 min",
+    }  # fmt: skip
+    assert claims_table(claims).endswith("\n\nTogether 18 minutes on two cores.")  # 17.5
+
+
 def test_a_pipe_in_a_title_does_not_break_the_table(tmp_path):
     save(tmp_path, "one", title="a | b")
     assert "[a \\| b](#a--b)" in claims_table(read_claims(tmp_path))
