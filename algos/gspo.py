@@ -102,6 +102,8 @@ class Args:
     """folder of a run to go on with, under its own settings except those given here"""
     save_batch: str | None = None
     """file that the first rollout batch is saved to"""
+    profile: int = 0
+    """steps to trace into the run's folder, after two of warm-up, with a picture of the time"""
     dry_run: bool = False
     """print what a step of this run would be, and stop"""
     tracker: Literal["tensorboard", "wandb"] | None = None

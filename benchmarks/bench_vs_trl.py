@@ -4,9 +4,13 @@
     python benchmarks/bench_vs_trl.py
 
 Both train the same random model of 3 M parameters on the same 8 questions × 8 responses, with the
-same optimiser, learning rate and dtype. Their own training loops run in turns within one process,
-a step here and a step there, so that the ratio does not move with the machine's load. Before
-that, loss and gradient of one batch are compared. Peak memory is that of each in a process alone.
+same optimiser, learning rate and dtype, each by its own training loop in a process of its own. The
+two take turns, a step here and a step there, while the other waits without using the processor, so
+that the ratio of neighbouring steps does not move with the machine's load. Before that, loss and
+gradient of one batch are compared. The floor is the matrix products of such a step alone, sampling
+and training, real tokens only and prompts once, at the rate at which oneDNN multiplies here.
+
+Writes `results/vs_trl.json` and `results/vs_trl.png`.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import resource
-import subprocess
+import multiprocessing
+import os
+import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,12 +37,14 @@ import numpy as np
 import record
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from lmrl_env import load_questions
 from lmrl_env.batches import micro_batches
 from lmrl_env.env import unwrap
+from lmrl_env.linear import linear
 from lmrl_env.policy import Policy, load_model
 from lmrl_env.registration import make_engine, make_token_vector_env
 from lmrl_env.rollout import Rollout, response_seeds, rollout
@@ -110,35 +118,34 @@ def make_envs(num_envs: int = 1, **kwargs: Any) -> OddLength:
     return OddLength(make_token_vector_env(num_envs, **kwargs))
 
 
-class Turns:
-    """Two loops that take a step in turn, and what each step took."""
+class Turn:
+    """One side's part of two loops that take steps in turn."""
 
-    def __init__(self, *names: str):
-        self.names = names
-        self.may_step = {name: threading.Semaphore(name == names[0]) for name in names}
-        self.wall: dict[str, list[float]] = {name: [] for name in names}
-        self.cpu: dict[str, list[float]] = {name: [] for name in names}
+    def __init__(self, mine: Semaphore, others: Semaphore):
+        self.mine, self.others = mine, others
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
 
-    def begin(self, name: str) -> None:
-        if not self.may_step[name].acquire(timeout=600):
-            raise TimeoutError(f"{name} waited 600 s for its turn: the other loop has stopped")
+    def begin(self) -> None:
+        if not self.mine.acquire(timeout=600):
+            raise TimeoutError("waited 600 s for a turn: the other loop has stopped")
         self._started = time.perf_counter(), time.process_time()
 
-    def end(self, name: str) -> None:
-        self.wall[name].append(time.perf_counter() - self._started[0])
-        self.cpu[name].append(time.process_time() - self._started[1])
-        self.may_step[self.names[self.names.index(name) - 1]].release()
+    def end(self) -> None:
+        self.wall.append(time.perf_counter() - self._started[0])
+        self.cpu.append(time.process_time() - self._started[1])
+        self.others.release()
 
 
 class StepClock(TrainerCallback):
-    def __init__(self, turns: Turns):
-        self.turns = turns
+    def __init__(self, turn: Turn):
+        self.turn = turn
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.turns.begin(TRL)
+        self.turn.begin()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.turns.end(TRL)
+        self.turn.end()
 
 
 class TrlCounts:
@@ -269,31 +276,113 @@ def compare_gradients(
     }
 
 
-@contextlib.contextmanager
-def our_steps_in_turn(turns: Turns) -> Iterator[None]:
-    """Make every step of a run wait for its turn."""
+def train_here(turn: Turn, args: dr_grpo.Args) -> int:
+    """Train by our loop, every step in its turn, and return the number of sampled tokens."""
     original = Run.steps
 
     def steps(run: Run) -> Iterator[int]:
         for step in original(run):
-            turns.begin(OURS)
+            turn.begin()
             yield step
-            turns.end(OURS)
+            turn.end()
 
-    Run.steps = steps
+    Run.steps = steps  # type: ignore[method-assign]
+    dr_grpo.main(args)
+    return OddLength.tokens
+
+
+def train_by_trl(turn: Turn, trainer: GRPOTrainer, reward: TrlCounts) -> int:
+    """Train by TRL's loop, every step in its turn, and return the number of sampled tokens."""
+    trainer.add_callback(StepClock(turn))
+    trainer.train()
+    return reward.tokens
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process had at one time (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+
+def side(
+    name: str, setting_name: str, folder: Path, questions: Path, prompts: list[str], steps: int,
+    dtype: str, threads: int, mine: Semaphore, others: Semaphore, results: Queue[Any],
+) -> None:  # fmt: skip
+    """Run one side's loop in this process, and hand over what its steps took."""
+    torch.set_num_threads(threads)
+    logging.disable(logging.WARNING)
+    setting = SETTINGS[setting_name]
+    turn, before = Turn(mine, others), peak_mib()
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if name == OURS:
+            tokens = train_here(turn, our_args(folder, questions, setting, steps, dtype))
+        else:
+            reward = TrlCounts()
+            trainer = trl_trainer(folder, prompts, setting["budget"], steps, reward, dtype)
+            tokens = train_by_trl(turn, trainer, reward)
+    results.put(
+        (name, {
+            "wall": turn.wall,
+            "cpu": turn.cpu,
+            "response_tokens_per_step": tokens / steps,
+            "peak_mib": peak_mib(),
+            "above_start_mib": peak_mib() - before,
+        })
+    )  # fmt: skip
+
+
+def in_turns(
+    setting_name: str, folder: Path, questions: Path, prompts: list[str], steps: int, dtype: str,
+    threads: int,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run both loops, step by step in turn, and return what each took."""
+    context = multiprocessing.get_context("spawn")
+    first, second = context.Semaphore(1), context.Semaphore(0)
+    results = context.Queue()
+    processes = [
+        context.Process(
+            target=side,
+            args=(name, setting_name, folder, questions, prompts, steps, dtype, threads, mine,
+                  others, results),
+            daemon=False,
+        )
+        for name, mine, others in ((TRL, first, second), (OURS, second, first))
+    ]  # fmt: skip
+    for process in processes:
+        process.start()
     try:
-        yield
+        return dict(results.get(timeout=900) for _ in processes)
     finally:
-        Run.steps = original
+        for process in processes:
+            process.join(timeout=60)
+            process.kill()
 
 
-def measure(name: str, folder: Path, steps: int, dtype: str, only: str | None) -> dict[str, Any]:
-    """Run both loops of a setting in turn, or one of them."""
+def floor_seconds(folder: Path, prompts: list[str], response_tokens: float) -> float:
+    """Return the time of a step's matrix products, forward 2 operations a weight and token."""
+    model = load_model(str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    head = model.get_output_embeddings().weight
+    trunk = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p is not head)
+    prompt_tokens = sum(len(tokenizer.encode(prompt)) for prompt in prompts)
+    once = 2.0 * ((prompt_tokens + response_tokens) * trunk + response_tokens * head.numel())
+    x, weight = torch.randn(2048, 256), torch.randn(768, 256)
+    times = []
+    with torch.inference_mode():
+        for _ in range(50):
+            started = time.perf_counter()
+            linear(x, weight)
+            times.append(time.perf_counter() - started)
+    return 4 * once / (2 * x.numel() * len(weight) / median(times))
+
+
+def measure(name: str, folder: Path, steps: int, dtype: str, threads: int) -> dict[str, Any]:
+    """Compare first losses and gradients, then run both loops of a setting in turn."""
     setting = SETTINGS[name]
     budget = setting["budget"]
     make_random_model(folder / "model", setting["eos_logit"])
     questions = write_questions(folder, setting["template"])
-    args = our_args(folder, questions, setting, steps + 2, dtype)  # first and last do not count
+    args = our_args(folder, questions, setting, 1, "float32")
     envs = gym.make_vec(
         args.env, QUESTIONS * GROUP_SIZE, model=args.model, questions=args.questions,
         group_size=GROUP_SIZE, max_new_tokens=budget, tokens_per_step=budget,
@@ -301,53 +390,48 @@ def measure(name: str, folder: Path, steps: int, dtype: str, only: str | None) -
     )  # fmt: skip
     table = unwrap(envs).prompts
     prompts = [unwrap(envs).template.render(q.question) for q in table.questions]
-    reward = TrlCounts()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if only:
-        if only == OURS:
-            dr_grpo.main(args)
-        else:
-            trl_trainer(folder, prompts, budget, steps, reward, dtype).train()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_mib": after / 1024, "above_start_mib": (after - before) / 1024}
-
-    trainer = trl_trainer(folder, prompts, budget, steps + 2, reward, dtype)
     batch = rollout(
         envs,
         make_engine("local", args.model, max_model_len=table.width + budget),
         question_ids=range(QUESTIONS),
         seeds=response_seeds(0, 0, QUESTIONS * GROUP_SIZE),
     )
+    trainer = trl_trainer(folder, prompts, budget, 1, TrlCounts(), "float32")
     figures: dict[str, Any] = {
         "prompt_tokens": float(batch.prompt_lengths.mean()),
         "first_batch": compare_gradients(folder, trainer, batch, budget),
     }
-    turns = Turns(TRL, OURS)  # ours last: its end resets the Accelerate that both share
-    trainer.add_callback(StepClock(turns))
-    OddLength.tokens, reward.tokens = 0, 0
-    thread = threading.Thread(target=trainer.train, daemon=True)
-    thread.start()
-    with our_steps_in_turn(turns):
-        dr_grpo.main(args)
-    thread.join(timeout=600)
-    for clock, seconds in (("wall", turns.wall), ("cpu", turns.cpu)):
-        ours, theirs = seconds[OURS][1:-1], seconds[TRL][1:-1]
-        figures[f"{clock}_seconds"] = {OURS: median(ours), TRL: median(theirs)}
-        figures[f"{clock}_ratio"] = median(b / a for a, b in zip(ours, theirs, strict=True))
-    figures["response_tokens_per_step"] = {
-        OURS: OddLength.tokens / (steps + 2),
-        TRL: reward.tokens / (steps + 2),
-    }
-    return figures
+    sides = in_turns(name, folder, questions, prompts, steps + 3, dtype, threads)
+    for clock in ("wall", "cpu"):
+        taken = {key: value.pop(clock)[2:-1] for key, value in sides.items()}
+        figures[f"{clock}_seconds"] = {key: median(times) for key, times in taken.items()}
+        ratios = [b / a for a, b in zip(taken[OURS], taken[TRL], strict=True)]
+        figures[f"{clock}_ratio"] = median(ratios)
+        figures[f"{clock}_ratio_range"] = [min(ratios), max(ratios)]
+    floor = floor_seconds(folder, prompts, sides[OURS]["response_tokens_per_step"])
+    share = floor / figures["wall_seconds"][OURS]
+    return {**figures, "sides": sides, "floor_seconds": floor, "floor_share": share}
 
 
-def measure_alone(name: str, side: str, steps: int, dtype: str) -> dict[str, float]:
-    command = [sys.executable, __file__, f"--steps={steps}", f"--dtype={dtype}"]
-    output = subprocess.run(
-        [*command, f"--setting={name}", f"--only={side}"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    return json.loads(output.splitlines()[-1])
+def draw(figures: dict[str, dict[str, Any]]) -> None:
+    """Draw seconds a step, ours beside TRL's, with our floor as a line."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(figures.values()):
+        for j, (key, color) in enumerate(((OURS, "C0"), (TRL, "C1"))):
+            seconds = row["wall_seconds"][key]
+            axes.barh(i + 0.38 * j, seconds, 0.36, color=color, label=key if i == 0 else None)
+            ratio = f"  {row['wall_ratio']:.1f} ×" if key == TRL else ""
+            axes.text(seconds, i + 0.38 * j, f" {seconds:.2f} s{ratio}", va="center", fontsize=8)
+        floor = row["floor_seconds"]
+        axes.plot([floor, floor], [i - 0.18, i + 0.18], color="k", lw=1.5,
+                  label="floor of ours" if i == 0 else None)  # fmt: skip
+    axes.set_yticks([i + 0.19 for i in range(len(figures))], list(figures))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step, sampling and training")
+    axes.margins(x=0.18)
+    axes.legend(fontsize=8)
+    figure.savefig(record.RESULTS / "vs_trl.png", dpi=120)
 
 
 @click.command()
@@ -355,25 +439,19 @@ def measure_alone(name: str, side: str, steps: int, dtype: str) -> dict[str, flo
 @click.option("--setting", "names", multiple=True, type=click.Choice(list(SETTINGS)))
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--memory/--no-memory", default=True, show_default=True)
-@click.option("--only", type=click.Choice([OURS, TRL]), hidden=True)
-def main(
-    steps: int, names: tuple[str, ...], dtype: str, threads: int, memory: bool, only: str | None
-) -> None:
+def main(steps: int, names: tuple[str, ...], dtype: str, threads: int) -> None:
     """Measure whole training steps, side by side."""
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     figures = {}
     for name in names or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
-            figures[name] = measure(name, Path(folder), steps, dtype, only)
-        if only:
-            print(json.dumps(figures[name]))
-            return
+            figures[name] = measure(name, Path(folder), steps, dtype, threads)
         print(name, json.dumps(figures[name], indent=2), flush=True)
-        for side in (OURS, TRL) if memory else ():
-            figures[name][f"memory_{side}"] = measure_alone(name, side, 3, dtype)
-    record.write("vs_trl", {"steps": steps, "dtype": dtype, "threads": threads, **figures})
+    suffix = "" if dtype == "float32" else f"_{dtype}"
+    if not suffix:
+        draw(figures)
+    record.write(f"vs_trl{suffix}", {"steps": steps, "dtype": dtype, "threads": threads, **figures})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("gymnasium", "lmrl_env", "numpy", "torch", "transformers")
+LOAD_AT_START = os.getloadavg()[0]
 
 
 def processor() -> str:
@@ -37,6 +38,7 @@ def write(name: str, figures: dict[str, Any]) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "hardware": f"{processor()}, {os.cpu_count()} cores, {platform.machine()}",
+        "load_at_start": round(LOAD_AT_START, 2),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "figures": figures,

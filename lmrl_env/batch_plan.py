@@ -15,6 +15,7 @@ from lmrl_env import memory
 from lmrl_env.batches import MicroBatch, Rows, micro_batch_rows, micro_batches
 from lmrl_env.distributed import all_gather, all_sum, any_rank, is_sharded
 from lmrl_env.errors import ConfigurationError, TrainingError
+from lmrl_env.ledger import spent_on
 from lmrl_env.policy import TokenBatch
 from lmrl_env.prompts import QuestionStream
 from lmrl_env.questions import Part
@@ -304,6 +305,7 @@ class BatchPlan:
                 return scores
             self.halve_micro_batches(batch, rows)
 
+    @spent_on("scoring")
     def logprobs(self, policy: nn.Module, batch: Rollout, temperature: float) -> Tensor:
         """Return a policy's log-probs of this rank's responses, shape (N, K), no gradient."""
         return self.score(batch, lambda tokens: policy(tokens, temperature=temperature)[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmrl_env.kl import k3
-from lmrl_env.policy import TokenBatch
+from lmrl_env.policy import Lengths, TokenBatch
 from lmrl_env.rollout import Rollout
 from lmrl_env.types import BatchTotals
 
@@ -84,14 +84,19 @@ def micro_batches(
         rows = cut if len(cut) else np.zeros(1, dtype=np.int64)
         groups, prompt_index = np.unique(rows // group_size, return_inverse=True)
         first = groups * group_size
-        width = int(rollout.response_lengths[rows].max())
-        prompt_width = int(rollout.prompt_lengths[first].max())
+        lengths = Lengths(
+            rollout.prompt_lengths[first].astype(np.int64),
+            prompt_index,
+            rollout.response_lengths[rows].astype(np.int64),
+        )
+        width, prompt_width = int(lengths.responses.max()), int(lengths.prompts.max())
         tokens = TokenBatch(
             prompt_ids=_tensor(rollout.prompt_ids[first, :prompt_width], device).long(),
-            prompt_lengths=_tensor(rollout.prompt_lengths[first], device),
+            prompt_lengths=_tensor(lengths.prompts, device),
             prompt_index=_tensor(prompt_index, device),
             response_ids=_tensor(rollout.response_ids[rows, :width], device).long(),
-            response_lengths=_tensor(rollout.response_lengths[rows], device),
+            response_lengths=_tensor(lengths.responses, device),
+            lengths=lengths,
         )
         yield MicroBatch(
             rows=_tensor(rows, device),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmrl_env.distributed import all_sum
-from lmrl_env.policy import TokenBatch, response_states
+from lmrl_env.policy import TokenBatch, at_tokens, response_states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,10 +43,10 @@ class Critic(nn.Module):
         Args:
             batch: prompts and responses, on the model's device.
         """
-        states, mask = response_states(self.model, batch)
+        states, places = response_states(self.model, batch)
         values = self.head(states).squeeze(-1)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return at_tokens(values, places, batch.response_ids.shape)
 
 
 def explained_variance(

@@ -7,8 +7,8 @@ that is a wrapper's work, since what a response is worth is a question of its ow
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -90,6 +90,9 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         max_new_tokens: K, the budget and horizon of an episode, in tokens.
         tokens_per_step: k, tokens of one action, 1 to K.
         autoreset_mode: ``"NextStep"`` or ``"Disabled"``.
+        copy: whether ``reset`` and ``step`` return copies of the observations. Without, they are
+            read-only views of the environment's own arrays: they cost nothing, and hold until the
+            next step or reset, which changes them.
         make_engine: builds ``engine`` when it is first asked for.
         render_mode: ``"ansi"`` or None.
 
@@ -110,6 +113,7 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         max_new_tokens: int,
         tokens_per_step: int = 1,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        copy: bool = True,
         make_engine: Callable[[], Engine] | None = None,
         render_mode: str | None = None,
     ):
@@ -168,6 +172,13 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self._done = np.zeros(num_envs, dtype=np.bool_)
         self._stream_seed = np.full(num_envs, -1, dtype=np.int64)
         self._episode = np.zeros(num_envs, dtype=np.int64)
+        self._copy = copy
+        self._views: Observation = {
+            "input_ids": self._input_ids.view(),
+            "length": self._length.view(),
+        }
+        for view in self._views.values():
+            view.flags.writeable = False
 
     @property
     def engine(self) -> Engine:
@@ -213,12 +224,14 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         elif unseeded.any():
             drawn = int(self.np_random.integers(2**31))
             self._stream_seed[unseeded] = drawn + self._group_offset[unseeded]
+        slots = np.flatnonzero(mask)
+        for slot in slots:
+            self._start_episode(slot, None if question_ids is None else question_ids[slot])
         info: Info = {}
-        for slot in np.flatnonzero(mask):
-            self._start_episode(slot, info, None if question_ids is None else question_ids[slot])
+        self._add_infos(info, slots, question_id=self._question_id[slots])
         return self._observe(), info
 
-    def _start_episode(self, slot: int, info: Info, question_id: int | None = None) -> None:
+    def _start_episode(self, slot: int, question_id: int | None = None) -> None:
         if question_id is None:
             question_id = self._stream.question_id(
                 int(self._stream_seed[slot]), int(self._episode[slot])
@@ -231,7 +244,25 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self._length[slot] = self._prompt_length[slot] = len(prompt)
         self._question_id[slot] = question_id
         self._done[slot] = False
-        self._add_info(info, {"question_id": self._question_id[slot]}, slot)
+
+    def _add_infos(
+        self, info: Info, slots: npt.NDArray[np.int64], **values: npt.NDArray[Any]
+    ) -> None:
+        """Do what ``_add_info`` does, for many slots at once.
+
+        Args:
+            info: to add to.
+            slots: which.
+            **values: shape (slots, ...).
+        """
+        for key, rows in values.items():
+            if key not in info:
+                shape = self.num_envs, *rows.shape[1:]
+                is_object = rows.dtype == np.object_
+                info[key] = np.full(shape, None) if is_object else np.zeros(shape, rows.dtype)
+                info[f"_{key}"] = np.zeros(self.num_envs, dtype=np.bool_)
+            info[key][slots] = rows
+            info[f"_{key}"][slots] = True
 
     # --- step
 
@@ -260,18 +291,39 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         done = terminated | truncated
         self._done |= done
         info: Info = {}
-        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
-            for slot in np.flatnonzero(resetting):
-                self._start_episode(slot, info)
-        for slot in np.flatnonzero(done):
-            self._add_info(info, self._outcome(slot, bool(terminated[slot])), slot)
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP and resetting.any():
+            slots = np.flatnonzero(resetting)
+            for slot in slots:
+                self._start_episode(slot)
+            self._add_infos(info, slots, question_id=self._question_id[slots])
+        if done.any():
+            slots = np.flatnonzero(done)
+            self._add_infos(info, slots, **self._outcomes(slots, terminated[slots]))
         return self._observe(), np.zeros(self.num_envs), terminated, truncated, info
+
+    def _append_one(
+        self, tokens: npt.NDArray[np.int64], active: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Do what ``_append`` does with one token a slot, shape (N,)."""
+        slots = np.flatnonzero(active & (self._length - self._prompt_length < self.max_new_tokens))
+        new, place = tokens[slots], self._length[slots]
+        self._input_ids[slots, place] = new
+        self._is_action[slots, place - self._prompt_length[slots]] = True
+        self._length[slots] += 1
+        terminated = np.zeros(self.num_envs, dtype=np.bool_)
+        terminated[slots] = is_eos = self._is_eos[new]
+        for slot in slots[self._stop.may_complete[new] & ~is_eos]:
+            terminated[slot] = self._stop.completed_by_last(self.last_turn(slot))
+        full = self._length - self._prompt_length == self.max_new_tokens
+        return terminated, active & full & ~terminated
 
     def _append(
         self, tokens: npt.NDArray[np.int64], active: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Append up to k tokens a slot, shape (N, k), and return (terminated, truncated)."""
         k = tokens.shape[1]
+        if k == 1:
+            return self._append_one(tokens[:, 0], active)
         written = self._length - self._prompt_length
         given = (tokens != NO_TOKEN) & active[:, None]  # (N, k)
         nth = np.cumsum(given, axis=1)
@@ -367,25 +419,32 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         self._length[slot] = stop
         return {"input_ids": self._input_ids[slot].copy(), "length": self._length[slot]}
 
-    def _outcome(self, slot: int, terminated: bool) -> Info:
+    def _outcomes(
+        self, slots: npt.NDArray[np.int64], terminated: npt.NDArray[np.bool_]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``info`` says of slots that end, one row a slot."""
+        texts = [self.tokenizer.decode_response(self.response(slot)[0]) for slot in slots]
+        answers = np.empty(len(slots), dtype=object)
+        answers[:] = [self.question(slot).answer for slot in slots]
         return {
-            "question_id": self._question_id[slot],
-            "response": self.tokenizer.decode_response(self.response(slot)[0]),
-            "response_length": self._length[slot] - self._prompt_length[slot],
-            "response_mask": self._is_action[slot].copy(),
-            "finish_reason": "stop" if terminated else "length",
-            "answer": self.question(slot).answer,
+            "question_id": self._question_id[slots],
+            "response": np.array(texts, dtype=object),
+            "response_length": self._length[slots] - self._prompt_length[slots],
+            "response_mask": self._is_action[slots],
+            "finish_reason": np.where(terminated, "stop", "length").astype(object),
+            "answer": answers,
         }
 
     def _observe(self) -> Observation:
-        return {"input_ids": self._input_ids.copy(), "length": self._length.copy()}
+        views = self._views
+        return {key: view.copy() for key, view in views.items()} if self._copy else dict(views)
 
     # --- state
 
     def get_state(self) -> dict[str, Any]:
         """Return all that the next steps depend on, as arrays and plain values."""
         arrays = {name: getattr(self, f"_{name}").copy() for name in (*EPISODE, *STREAMS)}
-        return {**arrays, "np_random": copy.deepcopy(self.np_random.bit_generator.state)}
+        return {**arrays, "np_random": deepcopy(self.np_random.bit_generator.state)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of ``get_state``, of an environment made by the same arguments.
@@ -403,7 +462,7 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
                 )
         for name, array in arrays.items():
             array[...] = state[name]
-        self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
+        self.np_random.bit_generator.state = deepcopy(state["np_random"])
 
     def fork(
         self, slots: Sequence[int], k: int, into: Sequence[int] | None = None

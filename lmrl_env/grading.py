@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from lmrl_env.errors import ConfigurationError, GradingError
 from lmrl_env.grading_process import WorkerProcess, encode_line, wait
+from lmrl_env.ledger import spent_on
 from lmrl_env.types import Question
 from lmrl_env.verifiers import Status, Verdict, Verifier, verdict_at_once
 from lmrl_env.verifiers.paths import verifier_path
@@ -97,6 +98,7 @@ class Grader:
         with self._own_lock():
             self._start()
 
+    @spent_on("grading")
     def grade(
         self,
         responses: Sequence[str],

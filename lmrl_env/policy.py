@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -18,10 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_attention
+from lmrl_env.attention import PACKED_ATTENTION, use_attention
 from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.linear import use_onednn
+from lmrl_env.packed_row import Integers, PackedLayout, cells, to_device
 from lmrl_env.tokenizer import model_path
 
 LOGITS_AT_ONCE = 2**24
@@ -118,6 +120,22 @@ def _dropouts(config: PreTrainedConfig) -> dict[str, float]:
     }
 
 
+class Lengths(NamedTuple):
+    """Lengths of prompts and responses on the CPU, so that a GPU is not asked for them.
+
+    NumPy's arrays, which no module around the policy moves to a device.
+
+    Attributes:
+        prompts: shape (q,), int64, at least 1.
+        prompt_index: shape (n,), int64: which prompt each response continues.
+        responses: shape (n,), int64, at least 1.
+    """
+
+    prompts: Integers
+    prompt_index: Integers
+    responses: Integers
+
+
 class TokenBatch(NamedTuple):
     """Prompts and the responses to them.
 
@@ -127,6 +145,7 @@ class TokenBatch(NamedTuple):
         prompt_index: shape (n,), int64: which prompt each response continues.
         response_ids: shape (n, K), int64, left-aligned, 0 at padding.
         response_lengths: shape (n,), int64, at least 1.
+        lengths: the same lengths on the CPU; without them a GPU is asked and waited for.
     """
 
     prompt_ids: Tensor
@@ -134,6 +153,14 @@ class TokenBatch(NamedTuple):
     prompt_index: Tensor
     response_ids: Tensor
     response_lengths: Tensor
+    lengths: Lengths | None = None
+
+    def lengths_on_cpu(self) -> Lengths:
+        """Return the lengths on the CPU."""
+        if self.lengths is not None:
+            return self.lengths
+        lengths = (self.prompt_lengths, self.prompt_index, self.response_lengths)
+        return Lengths(*(x.cpu().numpy() for x in lengths))
 
 
 def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -145,34 +172,50 @@ def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, 
 
     Returns:
         Hidden states of shape (T, H), with gradient, T the number of response tokens in the order
-        of rows; and the mask of shape (n, K) that is True where those tokens stand.
+        of rows; and where those tokens stand in the flattened (n · K), shape (T,).
 
     Raises:
         ModelError: if the model does not hand the layout of a packed row to its attention.
     """
+    rows, columns = cells(batch.lengths_on_cpu().responses)
     packed = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
-    hidden, before = _packed(model, batch) if packed else _padded(model, batch)
-    column = torch.arange(batch.response_ids.shape[1], device=hidden.device)
-    mask = column < batch.response_lengths[:, None]  # (n, K)
-    return hidden.index_select(0, before[mask]), mask
+    hidden, before = (_packed if packed else _padded)(model, batch, rows, columns)
+    places = rows * batch.response_ids.shape[1] + columns
+    return (
+        hidden.index_select(0, to_device(before, hidden.device)),
+        to_device(places, hidden.device),
+    )
 
 
-def _packed(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
-    layout = PackedLayout(
-        batch.prompt_lengths, batch.prompt_index, batch.response_lengths - 1
-    )  # nothing is predicted from a response's last token
+def at_tokens(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Return values of tokens where these stand, and 0 at padding.
+
+    Args:
+        values: shape (T,).
+        places: shape (T,), int64, in the flattened result.
+        shape: (n, K), of the result.
+    """
+    return values.new_zeros(shape.numel()).scatter(0, places, values).view(shape)
+
+
+def _packed(
+    model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
+) -> tuple[Tensor, Integers]:
+    """Return hidden states (·, H), and which one predicts each response token, (T,)."""
+    prompt_lengths, prompt_index, response_lengths = batch.lengths_on_cpu()
+    device = batch.prompt_ids.device
+    # Nothing is predicted from a response's last token.
+    layout = PackedLayout(prompt_lengths, prompt_index, response_lengths - 1, device)
     width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
-    column = torch.arange(max(width, length), device=batch.prompt_ids.device)
-    prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+    column = torch.arange(max(width, length), device=device)
+    starts = batch.prompt_lengths[batch.prompt_index][:, None]
     hidden = model.base_model(
         input_ids=layout.pack(batch.prompt_ids, batch.response_ids)[None],
         position_ids=layout.pack(
-            column[:width].expand(len(batch.prompt_lengths), -1),
-            prompt_lengths[:, None] + column[:length],
+            column[:width].expand(len(prompt_lengths), -1), starts + column[:length]
         )[None],
         # A mask of four dimensions keeps Transformers from building one of T × T.
-        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=column.device),
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
         use_cache=False,
         layout=layout,
     ).last_hidden_state[0]
@@ -182,24 +225,26 @@ def _packed(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
             f"{type(model).__name__} attended by the packed layout in {layout.attended} "
             f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
         )
-    last = layout.prompt_starts[batch.prompt_index] + prompt_lengths - 1
-    before = layout.response_starts[:, None] + column[: length - 1]
-    return hidden, torch.cat([last[:, None], before], dim=1)
+    last = (layout.prompt_starts + prompt_lengths - 1)[prompt_index]  # of the prompt
+    before = np.where(columns > 0, layout.response_starts[rows] + columns - 1, last[rows])
+    return hidden, before
 
 
-def _padded(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Return hidden states (T, H), and which one predicts each response token, (n, K)."""
-    n, length = batch.response_ids.shape
-    prompt_lengths = batch.prompt_lengths[batch.prompt_index]
+def _padded(
+    model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
+) -> tuple[Tensor, Integers]:
+    """Return hidden states (·, H), and which one predicts each response token, (T,)."""
+    prompt_lengths, prompt_index, _ = batch.lengths_on_cpu()
+    length = batch.response_ids.shape[1]
     column = torch.arange(length, device=batch.response_ids.device)
-    places = prompt_lengths[:, None] + column
-    rows = F.pad(batch.prompt_ids[batch.prompt_index], (0, length)).scatter(
+    places = batch.prompt_lengths[batch.prompt_index][:, None] + column
+    ids = F.pad(batch.prompt_ids[batch.prompt_index], (0, length)).scatter(
         1, places, batch.response_ids
     )
     # Padding stands behind what counts, where a causal model does not look: no mask.
-    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-    row_starts = rows.shape[1] * torch.arange(n, device=rows.device)
-    return hidden.flatten(0, 1), row_starts[:, None] + places - 1
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    before = rows * ids.shape[1] + prompt_lengths[prompt_index][rows] + columns - 1
+    return hidden.flatten(0, 1), before
 
 
 class Policy(nn.Module):
@@ -255,13 +300,12 @@ class Policy(nn.Module):
                 f"temperature {temperature} is not above 0: a greedy policy has no log-probability "
                 "gradient; sample and train at the same positive temperature"
             )
-        states, mask = response_states(self.model, batch)
-        logprobs, entropies = self._token_statistics(
-            states, batch.response_ids[mask], temperature, with_entropy
-        )
-        zeros = logprobs.new_zeros(mask.shape)
-        entropy = None if entropies is None else zeros.masked_scatter(mask, entropies)
-        return zeros.masked_scatter(mask, logprobs), entropy
+        states, places = response_states(self.model, batch)
+        targets = batch.response_ids.flatten().index_select(0, places)
+        logprobs, entropies = self._token_statistics(states, targets, temperature, with_entropy)
+        shape = batch.response_ids.shape
+        entropy = None if entropies is None else at_tokens(entropies, places, shape)
+        return at_tokens(logprobs, places, shape), entropy
 
     def _token_statistics(
         self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool

@@ -55,6 +55,7 @@ def make_token_vector_env(
     max_new_tokens: int = 96,
     tokens_per_step: int = 1,
     autoreset_mode: str | AutoresetMode = "NextStep",
+    copy: bool = True,
     render_mode: str | None = None,
 ) -> TokenVectorEnv:
     """Build the bare token MDP, which pays no reward: the start of an id of your own.
@@ -72,6 +73,8 @@ def make_token_vector_env(
         max_new_tokens: K, the token budget of a response.
         tokens_per_step: tokens of one action.
         autoreset_mode: ``"NextStep"`` or ``"Disabled"``.
+        copy: whether observations are copies; without, they are read-only views that the next
+            step or reset changes.
         render_mode: ``"ansi"`` or None.
 
     Raises:
@@ -91,6 +94,7 @@ def make_token_vector_env(
         max_new_tokens=max_new_tokens,
         tokens_per_step=tokens_per_step,
         autoreset_mode=autoreset_mode,
+        copy=copy,
         make_engine=lambda: make_engine(
             engine, model, max_model_len=prompts.width + max_new_tokens, servers=servers
         ),

@@ -21,7 +21,7 @@ IDENTITY = (
 )
 """Settings without which the weights, or the place in the stream of questions, are not the run's"""
 
-PLACE = ("resume", "run_dir", "save_batch", "dry_run")
+PLACE = ("resume", "run_dir", "save_batch", "profile", "dry_run")
 """Settings that say nothing of how a run goes on."""
 
 ARITHMETIC = {

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lmrl_env.env import NO_TOKEN, TokenVectorEnv, unwrap
 from lmrl_env.errors import ConfigurationError
+from lmrl_env.ledger import spent_on
 from lmrl_env.types import Sampling
 from lmrl_env.verifiers import Status
 
@@ -220,7 +221,8 @@ def rollout(
         raise ConfigurationError(f"parts={parts}: expected at least 1")
     stop = env.template.stop + env.pause_strings
     sampling = Sampling(env.max_new_tokens, temperature, top_p, top_k, stop)
-    observations, _ = envs.reset(options={"question_ids": question_ids})
+    with spent_on("env"):
+        observations, _ = envs.reset(options={"question_ids": question_ids})
     episodes = _Episodes(observations, seeds, env.max_new_tokens)
     group_size = env.group_size  # at first all slots of a group stand at the same prompt
     sample_seconds = env_seconds = 0.0
@@ -235,9 +237,10 @@ def rollout(
                 steps.append(background.submit(envs.step, actions))
             actions = episodes.sample(engine, sampling, last, group_size)
             sampled = time.perf_counter()
-            for slots, step in zip(first, steps, strict=True):
-                episodes.take(slots, *step.result())
-            episodes.take(last, *envs.step(actions))
+            with spent_on("env"):
+                for slots, step in zip(first, steps, strict=True):
+                    episodes.take(slots, *step.result())
+                episodes.take(last, *envs.step(actions))
             sample_seconds += sampled - started
             env_seconds += time.perf_counter() - sampled
             group_size = 1

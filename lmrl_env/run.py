@@ -27,9 +27,11 @@ from lmrl_env.distributed import (
 from lmrl_env.env import unwrap
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.evaluation import evaluate
+from lmrl_env.ledger import PARTS, PREFIX, lap, shares, spent_on, synchronize
 from lmrl_env.manifest import make_manifest
 from lmrl_env.manifest_table import print_manifest
 from lmrl_env.plotting import plot_curves
+from lmrl_env.profiling import trace_steps, write_ledger
 from lmrl_env.progress import ProgressDisplay
 from lmrl_env.provenance import provenance
 from lmrl_env.questions import warn_of_overlap
@@ -141,6 +143,7 @@ class Run:
         transformers_logging.disable_progress_bar()
         self.display = ProgressDisplay(args.steps, self.last_step, self.is_main)
         self._started = time.perf_counter()
+        self._spent = dict.fromkeys(PARTS, 0.0)
         self._stopping = False
         self._warned = False
         self._reported: set[str] = set()
@@ -243,6 +246,7 @@ class Run:
         self._stack.enter_context(self.display)
         for row in self.folder.rows:
             self.display.update(row)
+        lap()  # the ledger begins here
         if self.last_step == 0 and not self.is_stopping():
             self._write_row(self.evaluate(eval_envs))
 
@@ -299,6 +303,7 @@ class Run:
     # --- sampling
 
     @phase("sampling")
+    @spent_on("sampling")
     def rollout(self, envs: VectorEnv[Any, Any, Any], step: int, refill: int = 0) -> Rollout:
         """Return a batch of this rank.
 
@@ -313,6 +318,7 @@ class Run:
         return self._sampler.rollout(envs, step, refill)
 
     @phase("grading")
+    @spent_on("grading")
     def settle_verifier_errors(self, batch: Rollout) -> Rollout:
         """Treat responses whose verifier timed out or crashed as ``--on-verifier-error`` says.
 
@@ -359,12 +365,19 @@ class Run:
         if self.checkpoint is not None:
             self._restore_sampling(self.checkpoint / TRAINER)
         self.is_stopping()
+        profiler = None
+        if self.args.profile and self.is_main:
+            profiler = self._stack.enter_context(trace_steps(self.args.profile, self.folder.path))
+        synchronize(bool(self.args.profile))
+        self._stack.callback(synchronize, False)
         try:
             while self.last_step < self.args.steps and not self._stopping:
                 self.last_step += 1
                 self._step_started = time.perf_counter()
                 with phase("training"):
                     yield self.last_step
+                if profiler is not None:
+                    profiler.step()
         except GeneratorExit:  # the loop is left by an error, which drops this generator
             self._break_off()
             raise
@@ -403,6 +416,7 @@ class Run:
         )
 
     @phase("sync")
+    @spent_on("sync")
     def sync(self, policy: nn.Module, batch: Rollout, train_seconds: float) -> dict[str, float]:
         """Give the engine the new weights, and return where the step's time went.
 
@@ -431,6 +445,7 @@ class Run:
         }
 
     @phase("evaluation")
+    @spent_on("evaluation")
     def evaluate(self, eval_envs: VectorEnv[Any, Any, Any]) -> dict[str, float | None]:
         """Return ``eval/*`` metrics of the engine's weights."""
         return evaluate(
@@ -444,6 +459,7 @@ class Run:
 
     # --- the log
 
+    @spent_on("logging")
     def log(
         self, metrics: Mapping[str, Any], batch: Rollout, envs: VectorEnv[Any, Any, Any]
     ) -> None:
@@ -470,16 +486,23 @@ class Run:
         if warning is not None and not self._warned:
             self._warned = True
             self._show(f"warning: step {self.last_step}: {warning}", style="bold yellow")
-        row = finite({"step": self.last_step, **metrics})
+        row = finite({"step": self.last_step, **metrics, **self._lap()})
         logged = {k: v for k, v in row.items() if k != "step" and v is not None}
         self.accelerator.log(logged, self.last_step)
         if self.is_main:
             self.folder.append_row(row)
             self.display.update(row)
 
+    def _lap(self) -> dict[str, float]:
+        """Return where the time since the last row went: its log and checkpoint included."""
+        seconds = lap()
+        self._spent = {part: spent + seconds[part] for part, spent in self._spent.items()}
+        return {PREFIX + part: each for part, each in seconds.items()}
+
     # --- checkpoints and the end
 
     @phase("checkpoint")
+    @spent_on("checkpoint")
     def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write ``checkpoints/step-N`` and ``curves.png``, and delete old checkpoints.
 
@@ -527,6 +550,9 @@ class Run:
         for each in envs:
             each.close()
         if self.is_main:
+            self._lap()
+            if self.args.profile:
+                write_ledger(self.folder.rows, self.folder.path)
             self._summarize()
 
     def _close(self) -> None:
@@ -564,6 +590,7 @@ class Run:
             )
         minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
         self._show(f"{self.last_step} of {self.args.steps} steps in {minutes} min {seconds} s")
+        self._show(f"time: {shares(self._spent)}")
         for path in sorted(self.folder.path.glob("[!.]*")):
             self._show(f"  {path}{'/' if path.is_dir() else ''}")
         if self.last_step < self.args.steps:

@@ -8,6 +8,7 @@ from typing import Any
 from lmrl_env.batch_plan import batch_problems
 from lmrl_env.errors import ConfigurationError
 from lmrl_env.options import check_range
+from lmrl_env.profiling import WARM_UP
 from lmrl_env.tokenizer import load_tokenizer
 
 _AT_LEAST_1: Mapping[str, float] = {"least": 1}
@@ -23,6 +24,7 @@ RANGES: Mapping[str, Mapping[str, float]] = {
     "micro_batch_tokens": _AT_LEAST_1,
     "lora_rank": _AT_LEAST_1,
     "seed": _AT_LEAST_0,
+    "profile": _AT_LEAST_0,
     "lr": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
@@ -62,6 +64,11 @@ def check_settings(args: Any, ranks: int) -> None:
         problems.append(
             f"--servers {args.servers} with --engine {args.engine}: expected URLs of servers with "
             "--engine vllm_server, such as http://127.0.0.1:8000, and none with another engine"
+        )
+    if args.profile and args.profile + WARM_UP > args.steps:
+        problems.append(
+            f"--profile {args.profile} behind {WARM_UP} steps of warm-up, with --steps "
+            f"{args.steps}: use at least {args.profile + WARM_UP} steps"
         )
     context = load_tokenizer(args.model).context_length
     if args.max_new_tokens >= context:

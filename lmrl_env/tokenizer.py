@@ -34,6 +34,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int], context_length: int):
         self._tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
         self.context_length = context_length
@@ -54,6 +55,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of token ids, special tokens spelled out."""
+        if isinstance(token_ids, np.ndarray):
+            token_ids = token_ids.tolist()
+        if self._backend is not None:  # a third of the time: stop strings ask for many short texts
+            return self._backend.decode(token_ids, skip_special_tokens=False)
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -71,6 +76,17 @@ class Tokenizer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
         return self
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """Return what decodes behind a tokenizer of Transformers, or None if it does more itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    plain = all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name)
+        for name in ("decode", "_decode")
+    )
+    return tokenizer.backend_tokenizer if plain else None
 
 
 class StopStrings:

@@ -14,6 +14,7 @@ from lmrl_env import distributed, memory
 from lmrl_env.batch_plan import BatchPlan
 from lmrl_env.batches import MicroBatch, Rows
 from lmrl_env.errors import TrainingError
+from lmrl_env.ledger import spent_on
 from lmrl_env.rollout import Rollout
 
 MAX_SKIPPED = 5
@@ -75,7 +76,8 @@ class Updates:
         """
         yield from self._whole_step(batch, rows)
         accelerator = self.plan.accelerator
-        self._norm = distributed.clip_grad_norm(accelerator, self.module, self.max_grad_norm)
+        with spent_on("optimizer"):
+            self._norm = distributed.clip_grad_norm(accelerator, self.module, self.max_grad_norm)
         if not math.isfinite(self._norm):
             yield from self._one_by_one(batch, rows)
 
@@ -140,8 +142,12 @@ class Updates:
     @contextmanager
     def micro_step(self, micro: MicroBatch) -> Iterator[None]:
         """Return the context of one micro-batch's forward and backward."""
+        part = "exchange" if self._closes and micro.last else "forward_backward"
         try:
-            with distributed.micro_step(self.plan.accelerator, self.module, micro.last):
+            with (
+                spent_on(part),
+                distributed.micro_step(self.plan.accelerator, self.module, micro.last),
+            ):
                 yield
         except RuntimeError as error:
             self.plan.check_out_of_memory(error, others_wait=self._closes and micro.last)
@@ -157,6 +163,7 @@ class Updates:
         for name, share in {f"{self.name}/loss": loss, **metrics}.items():
             self._shares[name] = self._shares.get(name, 0) + share.detach()
 
+    @spent_on("optimizer")
     def step(self) -> None:
         """Take the optimiser step, unless its loss or gradient is not finite.
 

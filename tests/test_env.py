@@ -36,6 +36,29 @@ def padded(rows: list[list[int]], width: int) -> np.ndarray:
     return np.array([(row + [NO_TOKEN] * width)[:width] for row in rows], dtype=np.int32)
 
 
+# --- observations without copies
+
+
+def test_views_show_what_copies_show_are_read_only_and_follow_the_environment():
+    copying, viewing = (
+        token_envs(SLOTS, copy=copy, autoreset_mode="NextStep") for copy in (True, False)
+    )
+    copying.reset(seed=1)
+    first, _ = viewing.reset(seed=1)
+    before = {key: array.copy() for key, array in first.items()}
+    random = np.random.default_rng(0)
+    for _ in range(2 * BUDGET):
+        actions = random.choice([EOS, *STOP, 5, 6], SLOTS)
+        ours, theirs = viewing.step(actions), copying.step(actions)
+        assert data_equivalence(ours, theirs)
+        assert all(np.shares_memory(ours[0][key], first[key]) for key in first)
+        assert not any(np.shares_memory(theirs[0][key], copying._views[key]) for key in first)
+    assert not (first["input_ids"] == before["input_ids"]).all()
+    with pytest.raises(ValueError, match="read-only"):
+        first["input_ids"][0, 0] = 1
+    assert viewing.observation_space.contains(first)
+
+
 # --- one step, two grains
 
 

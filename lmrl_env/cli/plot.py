@@ -55,6 +55,7 @@ NO_SETTINGS = (
     "run_dir",
     "resume",
     "save_batch",
+    "profile",
     "tracker",
     "command",
     "commit",

@@ -218,9 +218,10 @@ class LocalEngine:
             drawn, drawn_logprobs = draw_tokens(
                 logits, torch.from_numpy(uniforms[rows, t]).to(device), sampling
             )
-            last = drawn.cpu().numpy()
-            tokens[rows, t] = last
-            logprobs[rows, t] = drawn_logprobs.cpu().numpy()
+            # One transfer from the device: a token's id is exact in float64.
+            both = torch.stack([drawn.double(), drawn_logprobs.double()]).cpu().numpy()
+            tokens[rows, t], logprobs[rows, t] = both
+            last = tokens[rows, t]
             ended = self._is_eos[last]
             for i in np.flatnonzero(stops.may_complete[last] & ~ended):
                 ended[i] = stops.completed_by_last(tokens[rows[i], : t + 1])

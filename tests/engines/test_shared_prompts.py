@@ -33,6 +33,45 @@ def test_samples_are_those_of_transformers_own_attention(architecture, prompts):
         np.testing.assert_allclose(completion.logprobs, other.logprobs, rtol=0, atol=5e-5)
 
 
+SAMPLINGS = {
+    "greedy": Sampling(30, temperature=0),
+    "truncated": Sampling(30, 0.9, top_p=0.8, top_k=6),
+    "stops": Sampling(30, stop=("ab", "cd", "ee", "fk")),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_samples_of_any_sampling_are_those_of_transformers_own_attention(sampling):
+    model = random_model("qwen2", torch.float32)
+    engine = LocalEngine(model, letter_tokenizer())
+    arguments = PROMPTS, sampling, 6, range(18)
+    model.set_attn_implementation("sdpa")
+    expected = engine.generate(*arguments)
+    use_packed_attention(model)
+    for completion, other in zip(engine.generate(*arguments), expected, strict=True):
+        assert completion.token_ids.tolist() == other.token_ids.tolist()
+        assert completion.finish_reason == other.finish_reason
+        np.testing.assert_allclose(completion.logprobs, other.logprobs, rtol=0, atol=5e-5)
+
+
+def test_log_probs_in_bfloat16_are_as_near_to_float32_as_by_transformers_own_attention():
+    model = random_model("llama", torch.float32)
+    arguments = PROMPTS, Sampling(2, 0.8), 40, range(120)
+    exact = LocalEngine(model, letter_tokenizer()).generate(*arguments)
+    engine = LocalEngine(model, letter_tokenizer(), dtype="bfloat16")
+    model.set_attn_implementation("sdpa")
+    by_sdpa = engine.generate(*arguments)
+    use_packed_attention(model)
+    errors = [
+        [abs(completion.logprobs - other.logprobs).mean() for completion in (mine, theirs)]
+        for mine, theirs, other in zip(engine.generate(*arguments), by_sdpa, exact, strict=True)
+        if mine.token_ids.tolist() == theirs.token_ids.tolist() == other.token_ids.tolist()
+    ]
+    assert len(errors) > 100
+    mine, theirs = np.mean(errors, axis=0)
+    assert 0 < mine < 1.25 * theirs
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_attention_is_that_to_prompts_copied_for_every_row_whichever_rows_end(data):

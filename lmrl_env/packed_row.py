@@ -1,0 +1,225 @@
+"""A packed row: prompts once, then their responses, no padding between, and how they attend.
+
+All token-wise layers of a Transformers model run on one row of real tokens. Only here, where
+tokens meet, are they laid out in rows again: a prompt's keys and values serve all its responses,
+and gradients flow back through them.
+
+Which token stands where is worked out on the CPU: a GPU is told, and never waited for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lmrl_env.attention import attend_by_sdpa
+from lmrl_env.prefix_attention import PrefixPlan, prefix_attention
+
+ROWS_AT_ONCE = 16
+"""Responses that attend together: sorted by length, few of them waste little on padding."""
+
+
+Integers = npt.NDArray[np.int64]
+
+
+class _Rows(NamedTuple):
+    """Rows that attend together, padded to the longest of them.
+
+    Attributes:
+        tokens: shape (r, k), int64: places of the tokens in the packed row; 0 at padding.
+        real: shape (r, k), bool: which cells hold a token.
+        prompts: shape (r,), int64: the prompt that each row continues; none for the prompts.
+    """
+
+    tokens: Integers
+    real: npt.NDArray[np.bool_]
+    prompts: Integers
+
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, which is not waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class PackedLayout:
+    """Places of tokens in one row without padding: the prompts, then the responses to each.
+
+    Args:
+        prompt_lengths: shape (q,), int64, at least 1.
+        prompt_index: shape (n,), int64: the prompt that each response continues.
+        response_lengths: shape (n,), int64, may be 0.
+        device: of the tokens.
+
+    Attributes:
+        prompt_starts: shape (q,), int64: place of each prompt's first token.
+        response_starts: shape (n,), int64: place of each response's first token.
+        attended: how many layers have attended by this layout so far.
+    """
+
+    def __init__(
+        self,
+        prompt_lengths: Integers,
+        prompt_index: Integers,
+        response_lengths: Integers,
+        device: torch.device | str = "cpu",
+    ):
+        self.attended = 0
+        self.device = torch.device(device)
+        order = prompt_index.argsort(kind="stable")
+        ends = np.concatenate([prompt_lengths, response_lengths[order]]).cumsum()
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+        q = len(prompt_lengths)
+        self.prompt_starts = starts[:q]
+        self.response_starts = np.empty_like(response_lengths)
+        self.response_starts[order] = starts[q:]
+        rows, columns = cells(response_lengths[order])
+        self._cells = [
+            to_device(x, self.device) for x in (*cells(prompt_lengths), order[rows], columns)
+        ]
+
+        of_prompt = np.zeros_like(prompt_lengths)  # response tokens
+        np.add.at(of_prompt, prompt_index, response_lengths)
+        bounds = np.concatenate([[0], prompt_lengths, of_prompt]).cumsum().tolist()
+        slices = [slice(a, b) for a, b in pairwise(bounds)]
+        self._groups = list(zip(slices[:q], slices[q:], strict=True))
+
+        self._prompts = _rows(self.prompt_starts, prompt_lengths, prompt_index[:0])
+        longest_first = (-response_lengths).argsort(kind="stable")
+        self._responses = [
+            _rows(self.response_starts[rows], response_lengths[rows], prompt_index[rows])
+            for rows in np.split(
+                longest_first, range(ROWS_AT_ONCE, len(longest_first), ROWS_AT_ONCE)
+            )
+            if response_lengths[rows].any()
+        ]
+
+    @cached_property
+    def _plan(self) -> PrefixPlan:
+        """What attends to what, by the normalisers."""
+        nothing = np.zeros(0, dtype=np.int64)
+        cells = np.concatenate([nothing, *(rows.tokens.ravel() for rows in self._responses)])
+        real = np.concatenate([nothing > 0, *(rows.real.ravel() for rows in self._responses)])
+        (taken,) = real.nonzero()
+        prompt_tokens = self._groups[-1][0].stop
+        return PrefixPlan(
+            groups=self._groups,
+            responses=slice(prompt_tokens, prompt_tokens + len(taken)),
+            blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in self._responses],
+            cells=to_device(cells, self.device),
+            padding=to_device(~real, self.device),
+            real=to_device(taken[cells[taken].argsort()], self.device),
+        )
+
+    @cached_property
+    def _copies(self) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], Tensor]:
+        """What attends to what, by copies of the prompts' keys.
+
+        For the prompts, then for each block of responses, tokens (r, k), cells that hold one,
+        prompts and mask; and the order of their tokens in the packed row.
+        """
+        blocks: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        places = []
+        for rows in (self._prompts, *self._responses):
+            r, k = rows.tokens.shape
+            (taken,) = rows.real.ravel().nonzero()
+            places.append(rows.tokens.ravel()[taken])
+            prompts = mask = None
+            if rows is not self._prompts:
+                prefix = np.repeat(self._prompts.real[rows.prompts][:, None], k, axis=1)
+                causal = np.broadcast_to(np.tri(k, dtype=bool), (r, k, k))
+                mask = to_device(np.concatenate([prefix, causal], axis=-1)[:, None], self.device)
+                prompts = to_device(rows.prompts, self.device)
+            tokens, real = (to_device(x, self.device) for x in (rows.tokens, taken))
+            blocks.append((tokens, real, prompts, mask))
+        return blocks, to_device(np.concatenate(places).argsort(), self.device)
+
+    def pack(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """Return the packed row of what belongs to the tokens.
+
+        Args:
+            prompts: shape (q, at least P), left-aligned.
+            responses: shape (n, at least K), left-aligned.
+
+        >>> layout = PackedLayout(np.array([2, 1]), np.array([1, 0]), np.array([1, 2]))
+        >>> layout.pack(torch.tensor([[1, 2], [3, 0]]), torch.tensor([[4, 0], [5, 6]])).tolist()
+        [1, 2, 3, 5, 6, 4]
+        >>> layout.response_starts.tolist()
+        [5, 3]
+        """
+        prompt_rows, prompt_columns, rows, columns = self._cells
+        return torch.cat([prompts[prompt_rows, prompt_columns], responses[rows, columns]])
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Return softmax(query · keyᵀ) · value, prompts and responses each within their row.
+
+        Args:
+            module: the model's attention layer.
+            query: shape (1, heads, tokens, d).
+            key: as ``query``, with the model's number of key-value heads.
+            value: as ``key``.
+            scaling: multiplies the scores; 1 / √d by default.
+
+        Returns:
+            Shape (1, tokens, heads, d).
+        """
+        self.attended += 1
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+        if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+            return prefix_attention(queries, keys, values, self._plan, scaling)[None]
+        return self._attend_by_copies(module, queries, keys, values, scaling)[None]
+
+    def _attend_by_copies(
+        self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor,
+        scaling: float | None,
+    ) -> Tensor:  # fmt: skip
+        blocks, order = self._copies
+        tokens = blocks[0][0]
+        prompt_keys, prompt_values = (_lay_out(x, tokens) for x in (keys, values))
+        outputs = []
+        for tokens, real, prompts, mask in blocks:
+            row_queries, row_keys, row_values = (
+                _lay_out(x, tokens) for x in (queries, keys, values)
+            )
+            if prompts is not None:
+                row_keys = torch.cat([prompt_keys.index_select(0, prompts), row_keys], dim=2)
+                row_values = torch.cat([prompt_values.index_select(0, prompts), row_values], dim=2)
+            output = attend_by_sdpa(
+                module, row_queries, row_keys, row_values, mask, scaling, is_causal=mask is None
+            )
+            outputs.append(output.flatten(0, 1).index_select(0, real))
+        return torch.cat(outputs).index_select(0, order)
+
+
+def cells(lengths: Integers) -> tuple[Integers, Integers]:
+    """Return row and column of each token of left-aligned rows, both of shape (sum of lengths,).
+
+    >>> rows, columns = cells(np.array([2, 0, 1]))
+    >>> rows.tolist(), columns.tolist()
+    ([0, 0, 2], [0, 1, 0])
+    """
+    rows = np.arange(len(lengths)).repeat(lengths)
+    starts = lengths.cumsum() - lengths
+    return rows, np.arange(len(rows)) - starts[rows]
+
+
+def _rows(starts: Integers, lengths: Integers, prompts: Integers) -> _Rows:
+    columns = np.arange(lengths.max())
+    real = columns < lengths[:, None]
+    return _Rows(np.where(real, starts[:, None] + columns, 0), real, prompts)
+
+
+def _lay_out(packed: Tensor, places: Tensor) -> Tensor:
+    """Return (r, heads, k, d) of a packed (T, heads, d)."""
+    rows = packed.index_select(0, places.flatten())
+    return rows.view(*places.shape, *packed.shape[1:]).transpose(1, 2)

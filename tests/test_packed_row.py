@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_batches import V, make_rollout
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from algos.dr_grpo import policy_loss
+from lmrl_env.attention import use_packed_attention
+from lmrl_env.batches import micro_batches, token_metrics
+from lmrl_env.packed_row import PackedLayout
+from lmrl_env.policy import Policy
+from lmrl_env.types import BatchTotals
+
+HEADS, KEY_HEADS, D = 4, 2, 8
+
+
+def layout_of(prompts, index, responses) -> PackedLayout:
+    return PackedLayout(*(np.array(x, dtype=np.int64) for x in (prompts, index, responses)))
+
+
+def tokens_of(layout, seed=0, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    count = layout._groups[-1][1].stop
+    return [
+        (scale * torch.randn(count, heads, D, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def in_prefix_parts(layout, q, k, v):
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return layout.attend(torch.nn.Identity(), *heads_first, 0.3)[0]
+
+
+def by_copies(layout, q, k, v):
+    return layout._attend_by_copies(torch.nn.Identity(), q, k, v, 0.3)
+
+
+def one_by_one(layout, prompts, index, responses, q, k, v):
+    """Attend token by token, from what each may see."""
+    output = torch.zeros_like(q)
+    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (k, v))
+    rows = [(start, range(length), []) for start, length in zip(
+        layout.prompt_starts, prompts, strict=True)]  # fmt: skip
+    for start, prompt, length in zip(layout.response_starts, index, responses, strict=True):
+        first = layout.prompt_starts[prompt]
+        rows.append((start, range(length), list(range(first, first + prompts[prompt]))))
+    for start, columns, before in rows:
+        for column in columns:
+            seen = [*before, *range(start, start + column + 1)]
+            scores = torch.einsum("hd,shd->hs", q[start + column], k[seen]) * 0.3
+            output[start + column] = torch.einsum("hs,shd->hd", scores.softmax(-1), v[seen])
+    return output
+
+
+def gradients(output, inputs):
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+layouts = st.lists(st.integers(1, 5), min_size=1, max_size=4).flatmap(
+    lambda prompts: st.lists(
+        st.tuples(st.integers(0, len(prompts) - 1), st.integers(0, 6)), min_size=1, max_size=20
+    ).map(lambda rows: (prompts, *map(list, zip(*rows, strict=True))))
+)
+
+
+@settings(max_examples=30)
+@given(layouts)
+def test_both_ways_to_attend_give_what_each_token_sees(lengths):
+    layout = layout_of(*lengths)
+    q, k, v = tokens_of(layout)
+    outputs = [f(layout, q, k, v) for f in (in_prefix_parts, by_copies)]
+    expected = one_by_one(layout, *lengths, q.detach(), k.detach(), v.detach())
+    for output in outputs:
+        torch.testing.assert_close(output.detach(), expected, rtol=0, atol=1e-12)
+    for own, other in zip(*(gradients(x, (q, k, v)) for x in outputs), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # scores up to thousands, at padding too
+def test_parts_by_their_normalisers_are_the_copies_in_float32(scale):
+    index = np.repeat(np.arange(3), 8)
+    layout = layout_of([150, 14, 60], index, np.random.default_rng(0).integers(0, 57, 24))
+    inputs = tokens_of(layout, dtype=torch.float32, scale=scale)
+    fast, slow = (f(layout, *inputs) for f in (in_prefix_parts, by_copies))
+    assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()
+    for own, other in zip(*(gradients(x, inputs) for x in (fast, slow)), strict=True):
+        assert own.isfinite().all()
+        assert (own - other).norm() <= 1e-5 * scale * other.norm()
+
+
+def test_copies_serve_values_of_another_size_than_the_keys():
+    layout = layout_of([3], [0, 0], [2, 4])
+    q, k, v = tokens_of(layout)
+    narrow = in_prefix_parts(layout, q, k, v[..., :5])
+    torch.testing.assert_close(narrow, in_prefix_parts(layout, q, k, v)[..., :5])
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what a GPU would have to be waited for."""
+
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "repeat_interleave.Tensor",
+    )
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert not any(name in str(op) for name in self.WAITS), op
+        if "index" in str(op):
+            indices = [x for x in args[1:2] if isinstance(x, list | tuple)]
+            assert not any(t is not None and t.dtype == torch.bool for x in indices for t in x), op
+        return op(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_micro_batch_waits_for_the_device():
+    config = Qwen2Config(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    use_packed_attention(model)  # Transformers' own masks wait
+    policy = Policy(model, V)
+    rollout = make_rollout([5, 4, 6], [3, 6, 2, 5, 4, 6], group_size=2)
+    cuts = [np.arange(4), np.arange(4, 6), np.zeros(0, dtype=np.int64)]
+    advantages = torch.linspace(-1, 1, 6)
+    with NoWaiting():
+        for micro in micro_batches(rollout, cuts, 2, "cpu"):
+            logprobs, entropy = policy(micro.tokens, temperature=1.0, with_entropy=True)
+            old, totals = logprobs.detach(), BatchTotals(6, 26, 6)
+            loss, metrics = policy_loss(logprobs, old, micro.part(advantages), micro.mask, totals)
+            metrics |= token_metrics(micro, logprobs, old, entropy, totals)
+            loss.backward()
+    assert all(p.grad is not None for p in model.model.parameters())
+
+
+def test_a_boolean_index_would_be_noticed():
+    with NoWaiting(), pytest.raises(AssertionError):
+        torch.ones(3)[torch.ones(3, dtype=torch.bool)]
+    with NoWaiting(), pytest.raises(AssertionError):
+        torch.ones(3).sum().item()
