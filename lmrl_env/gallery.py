@@ -86,7 +86,7 @@ def read_claims(folder: Path) -> list[Claim]:
 
 def _place(section: str) -> tuple[bool, list[int]]:
     """Return a key that puts §2.1 before §10, and what has no section of the paper last."""
-    number = re.match(r"§\s*(\d+)(?:\.(\d+))?", section)
+    number = re.match(r"(?:§|sections?)\s*(\d+)(?:\.(\d+))?", section)
     return number is None, [int(part or 0) for part in number.groups()] if number else []
 
 

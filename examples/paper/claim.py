@@ -8,14 +8,16 @@ and one that was broken off goes on where it was.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -173,24 +175,55 @@ def _command(job: Job, folder: Path, options: Options) -> list[str]:
 
 
 def _run(job: Job, folder: Path, options: Options) -> None:
-    rows = read_rows(folder)
-    if rows and rows[-1]["step"] >= job.flags["steps"]:
-        return
-    threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
-    earlier, started = _seconds(folder), time.perf_counter()
-    done = subprocess.run(
-        _command(job, folder, options),
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    if folder.is_dir():
-        seconds = earlier + time.perf_counter() - started
-        (folder / "seconds.json").write_text(f"{seconds:.1f}\n")
+    with alone(folder):
+        rows = read_rows(folder)
+        if rows and rows[-1]["step"] >= job.flags["steps"]:
+            return
+        threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
+        earlier, started = _seconds(folder), time.perf_counter()
+        done = subprocess.run(
+            _command(job, folder, options),
+            env={**os.environ, **threads},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        if folder.is_dir():
+            seconds = earlier + time.perf_counter() - started
+            (folder / "seconds.json").write_text(f"{seconds:.1f}\n")
     if done.returncode:
         raise click.ClickException(
             f"the run {job.name!r} ended with {done.returncode}:\n{done.stdout[-2000:]}\n"
             "start this script again to go on with it"
         )
+
+
+@contextmanager
+def alone(folder: Path, seconds: float = 3600.0) -> Iterator[None]:
+    """Keep other scripts from a run or a model, as long as this one makes it.
+
+    Scripts that run side by side share some of them: the second one waits, and finds it made.
+
+    Args:
+        folder: of the run or the model; it need not exist.
+        seconds: to wait for another script.
+
+    Raises:
+        ClickException: if another script has it still.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise click.ClickException(
+                        f"another script has been making {folder} for {seconds:.0f} s: start "
+                        "this one again when it is there"
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 def _seconds(folder: Path) -> float:

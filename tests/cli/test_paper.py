@@ -265,7 +265,7 @@ def test_claims_stand_in_the_order_of_the_paper(tmp_path):
         ("d", "DAPO, §2"),
         ("c", "§10"),
         ("b", "§3.1-3.2"),
-        ("a", "§2.3, App. C"),
+        ("a", "sections 2.3, 3"),
     ):
         save(tmp_path, name, section)
     assert [claim.name for claim in read_claims(tmp_path)] == ["a", "b", "c", "d"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
 
-from claim import Job, Options, Verdict, claim_options, train, write
+from claim import Job, Options, Verdict, alone, claim_options, train, write
 
 from lmrl_env.gallery import read_claims
 
@@ -72,6 +73,22 @@ def test_a_run_that_broke_off_is_named_and_goes_on(place):
     (place / "broken").unlink()
     train(options(), jobs("a"))
     assert [call.split()[0] for call in calls()] == ["--run-dir=runs/a", "--resume=runs/a"]
+
+
+def test_two_scripts_that_share_a_run_train_it_once(place):
+    with ThreadPoolExecutor() as pool:
+        scripts = [pool.submit(train, options(), jobs("a")) for _ in range(2)]
+        assert [script.result() for script in scripts] == [{"a": Path("runs/a")}] * 2
+    assert len(calls()) == 1
+
+
+def test_a_script_does_not_wait_for_ever_for_another_one(place):
+    with (
+        alone(Path("model")),
+        pytest.raises(click.ClickException, match="another script has been making model for 0 s"),
+        alone(Path("model"), seconds=0.0),
+    ):
+        pass
 
 
 def test_minutes_are_those_of_a_measurement_from_scratch(place):
