@@ -57,7 +57,7 @@ class Script(NamedTuple):
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    default=os.cpu_count(),
+    default=os.cpu_count() or 1,
     show_default="number of cores",
     help="cores to use",
 )
