@@ -100,6 +100,11 @@ def test_a_built_wheel_holds_the_tiny_model_and_no_algorithms(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for file in ("assets/tiny/model.safetensors", "assets/tiny/tokenizer.json", "py.typed"):
+    for file in (
+        "assets/gallery.html",
+        "assets/tiny/model.safetensors",
+        "assets/tiny/tokenizer.json",
+        "py.typed",
+    ):
         assert f"lmrl_env/{file}" in names
     assert not any(name.startswith(("algos/", "tests/", "examples/")) for name in names)

@@ -88,6 +88,7 @@ LAYERS = (
         "comparison",
         "analysis",
         "cli",
+        "gallery",
         "export",
         "__main__",
     ),

@@ -8,15 +8,17 @@ and one that was broken off goes on where it was.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,6 +49,8 @@ class Options:
         runs_dir: where runs and models are kept.
         out: where JSON, picture and verdict go.
         dry_run: whether to print the training runs and stop.
+        started: when the script did, by ``time.perf_counter``.
+        earlier_seconds: of training runs that stood there already when the script was started.
     """
 
     scale: Literal["tiny", "paper"]
@@ -59,6 +63,7 @@ class Options:
     out: Path
     dry_run: bool
     started: float = field(default_factory=time.perf_counter)
+    earlier_seconds: float = 0.0
 
     @property
     def is_tiny(self) -> bool:
@@ -66,14 +71,17 @@ class Options:
         return self.scale == "tiny"
 
 
-def claim_options(seeds: int) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+def claim_options(seeds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a script its command line.
+
+    A ``click.option`` above this decorator is an option of that script alone, and an argument of
+    its program besides the ``Options``.
 
     Args:
         seeds: by default.
     """
 
-    def decorate(program: Callable[[Options], None]) -> Callable[..., None]:
+    def decorate(program: Callable[..., None]) -> Callable[..., None]:
         @click.command(help=program.__doc__)
         @click.option("--scale", type=click.Choice(["tiny", "paper"]), default="tiny",
                       show_default=True)  # fmt: skip
@@ -88,7 +96,8 @@ def claim_options(seeds: int) -> Callable[[Callable[[Options], None]], Callable[
         @click.option("--dry-run", is_flag=True, help="Print the training runs and stop.")
         @wraps(program)
         def command(**values: Any) -> None:
-            program(Options(**values))
+            common = [field.name for field in fields(Options) if field.name in values]
+            program(Options(**{name: values.pop(name) for name in common}), **values)
 
         return command
 
@@ -137,13 +146,17 @@ def train(options: Options, jobs: Sequence[Job]) -> dict[str, Path]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
     parallel = options.jobs if options.is_tiny else 1
+    options.earlier_seconds += sum(map(_seconds, folders.values())) / max(
+        1, min(parallel, len(jobs))
+    )
     with Progress(*columns) as progress, ThreadPoolExecutor(parallel) as pool:
         task = progress.add_task("training runs", total=len(jobs))
         running = {pool.submit(_run, job, folders[job.name], options): job for job in jobs}
         try:
-            for done in as_completed(running):
+            for n, done in enumerate(as_completed(running), start=1):
                 done.result()
-                progress.update(task, advance=1, description=f"trained {running[done].name}")
+                progress.console.print(f"{n} of {len(jobs)} runs: {running[done].name}")
+                progress.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -162,20 +175,61 @@ def _command(job: Job, folder: Path, options: Options) -> list[str]:
 
 
 def _run(job: Job, folder: Path, options: Options) -> None:
-    rows = read_rows(folder)
-    if rows and rows[-1]["step"] >= job.flags["steps"]:
-        return
-    threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
-    done = subprocess.run(
-        _command(job, folder, options),
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    with alone(folder):
+        rows = read_rows(folder)
+        if rows and rows[-1]["step"] >= job.flags["steps"]:
+            return
+        threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
+        earlier, started = _seconds(folder), time.perf_counter()
+        done = subprocess.run(
+            _command(job, folder, options),
+            env={**os.environ, **threads},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        if folder.is_dir():
+            seconds = earlier + time.perf_counter() - started
+            (folder / "seconds.json").write_text(f"{seconds:.1f}\n")
     if done.returncode:
         raise click.ClickException(
             f"the run {job.name!r} ended with {done.returncode}:\n{done.stdout[-2000:]}\n"
             "start this script again to go on with it"
         )
+
+
+@contextmanager
+def alone(folder: Path, seconds: float = 3600.0) -> Iterator[None]:
+    """Keep other scripts from a run or a model, as long as this one makes it.
+
+    Scripts that run side by side share some of them: the second one waits, and finds it made.
+
+    Args:
+        folder: of the run or the model; it need not exist.
+        seconds: to wait for another script.
+
+    Raises:
+        ClickException: if another script has it still.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise click.ClickException(
+                        f"another script has been making {folder} for {seconds:.0f} s: start "
+                        "this one again when it is there"
+                    ) from None
+                time.sleep(0.2)
+        yield
+
+
+def _seconds(folder: Path) -> float:
+    """Return how long a training run has taken so far."""
+    path = folder / "seconds.json"
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -212,7 +266,7 @@ class Interval(NamedTuple):
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Return the mean over seeds and its 95% interval by Student's t; nan for one seed.
 
     >>> print(interval([1.0, 2.0, 3.0]))
@@ -278,7 +332,7 @@ def write(
     """
     options.out.mkdir(parents=True, exist_ok=True)
     picture.savefig(options.out / f"{name}.png", dpi=120)
-    minutes = (time.perf_counter() - options.started) / 60
+    minutes = (options.earlier_seconds + time.perf_counter() - options.started) / 60
     record = {
         "name": name,
         "title": title,
@@ -286,6 +340,7 @@ def write(
         "date": time.strftime("%Y-%m-%d"),
         **provenance(),
         "minutes": round(minutes, 1),
+        "jobs": options.jobs,
         "verdict": verdict._asdict(),
         "figures": figures,
     }

@@ -15,6 +15,7 @@ from lmrl_env.cli.compare import compare_command
 from lmrl_env.cli.envs import envs_command
 from lmrl_env.cli.eval import eval_command
 from lmrl_env.cli.export import export_command
+from lmrl_env.cli.paper import paper_command
 from lmrl_env.cli.plot import plot_command
 from lmrl_env.cli.questions import questions_group
 from lmrl_env.cli.regrade import regrade_command
@@ -63,6 +64,7 @@ for command in (
     envs_command,
     eval_command,
     export_command,
+    paper_command,
     plot_command,
     questions_group,
     regrade_command,

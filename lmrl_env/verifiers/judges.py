@@ -80,6 +80,45 @@ def llm_judge(
         "response": after_thinking(response).strip()[-_LONGEST_RESPONSE:],
     }
     text = re.sub(r"\{(question|gold|response)\}", lambda field: parts[field[1]], prompt)
+    status, reply = ask_model(
+        text, base_url=base_url, model=model, timeout=timeout, retries=retries,
+        max_tokens=max_tokens, key_variable=key_variable,
+    )  # fmt: skip
+    words = re.findall(r"\b(CORRECT|INCORRECT|WRONG)\b", reply) if status is None else []
+    if words:
+        status = "correct" if words[-1] == "CORRECT" else "wrong"
+    return Verdict(
+        float(status == "correct"),
+        status or "crash",
+        None,
+        f"prompt:\n{text}\n\nreply of {model or 'the model'} at {base_url}:\n{reply}",
+    )
+
+
+def ask_model(
+    text: str,
+    *,
+    base_url: str,
+    model: str = "",
+    timeout: float = 15.0,
+    retries: int = 3,
+    max_tokens: int = 512,
+    key_variable: str = "OPENAI_API_KEY",
+) -> tuple[Status | None, str]:
+    """Ask a model behind an OpenAI-compatible endpoint, at temperature 0.
+
+    Args:
+        text: the user's only message.
+        base_url: see ``llm_judge``, as all that follow.
+        model: its name there.
+        timeout: seconds for all attempts together.
+        retries: further attempts after a failure that may pass.
+        max_tokens: most tokens of the reply.
+        key_variable: environment variable that holds the key.
+
+    Returns:
+        None and the reply; or ``timeout`` or ``crash`` and why there is none.
+    """
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": text}],
         "temperature": 0.0,
@@ -93,16 +132,7 @@ def llm_judge(
     )
     if key := os.environ.get(key_variable):
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    status, reply = _ask(request, timeout, retries)
-    words = re.findall(r"\b(CORRECT|INCORRECT|WRONG)\b", reply) if status is None else []
-    if words:
-        status = "correct" if words[-1] == "CORRECT" else "wrong"
-    return Verdict(
-        float(status == "correct"),
-        status or "crash",
-        None,
-        f"prompt:\n{text}\n\nreply of {model or 'the model'} at {base_url}:\n{reply}",
-    )
+    return _ask(request, timeout, retries)
 
 
 def _ask(
