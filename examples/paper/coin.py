@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import Any
 
 import gymnasium as gym
@@ -12,12 +12,12 @@ from lmrl_env.wrappers import VerifierReward
 
 
 def coin(response: str, answer: str | tuple[str, ...], *, question: str | None = None) -> Verdict:
-    """Pay 1 for about half of all texts, by a checksum.
+    """Pay 1 for about half of all texts, by a hash.
 
     >>> [coin(text, "7").score for text in ("It is 6.", "It is 7.", "It is 8.", "It is 9.")]
-    [0.0, 1.0, 1.0, 0.0]
+    [0.0, 1.0, 0.0, 0.0]
     """
-    heads = zlib.crc32(f"{question} {response}".encode()) >> 8 & 1
+    heads = hashlib.sha256(f"{question} {response}".encode()).digest()[0] & 1
     return Verdict(float(heads), "correct" if heads else "wrong")
 
 
