@@ -21,6 +21,7 @@ from transformers import (
 from lmrl_env.attention import PACKED_ATTENTION, PackedLayout, use_attention
 from lmrl_env.categorical import log_prob_and_entropy
 from lmrl_env.errors import ConfigurationError, ModelError
+from lmrl_env.linear import use_onednn
 from lmrl_env.tokenizer import model_path
 
 LOGITS_AT_ONCE = 2**24
@@ -91,6 +92,8 @@ def load_model(
     )
     loaded.to(device).eval()  # type: ignore[arg-type]
     use_attention(loaded, attention)
+    if loaded.device.type == "cpu":
+        use_onednn(loaded)
     if gradient_checkpointing:
         _checkpoint_gradients(loaded)
     return loaded

@@ -23,7 +23,7 @@ LAYERS = (
         "tokenizer",
     ),
     ("questions", "engines.engine", "grading", "grading_process", "grading_worker"),
-    ("prompts", "env", "token_env", "adapters", "attention", "engines"),
+    ("prompts", "env", "token_env", "adapters", "attention", "linear", "engines"),
     (
         "wrappers",
         "kl",

@@ -316,6 +316,8 @@ def test_any_arguments_come_through_a_path(arguments):
         ("warm_up", "unknown verifier 'warm_up': expected one of boxed_math"),
         ("numeric(tol=0.5)", r"numeric\(tol=0.5\) cannot be called: .* argument 'tol'; expected"),
         (functools.partial(exact, pattern="x"), "cannot be called: .* argument 'pattern'"),
+        ("regex(pattern='(')", r"pattern \(missing \).*\): expected a regular expression"),
+        ("regex(pattern=3)", "no usable pattern"),
     ],
 )
 def test_a_path_that_no_worker_can_follow_is_refused_at_once(verifier, message):

@@ -35,7 +35,7 @@ def verifier_path(verifier: Verifier | str) -> str:
 
     Raises:
         ConfigurationError: if there is no such path, or a verifier of this library has no such
-            arguments.
+            arguments, or a pattern that is none.
         UnknownNameError: if this library has no verifier of that name.
     """
     if isinstance(verifier, str):
@@ -62,6 +62,7 @@ def verifier_path(verifier: Verifier | str) -> str:
                 "'module:function' for one of your own"
             )
         _check_call(path, getattr(library, name), arguments)
+        _check_pattern(path, arguments)
     if function is not None and getattr(sys.modules.get(module), name, None) is not function:
         raise ConfigurationError(
             f"the verifier {path} is not what its module holds under that name: expected a "
@@ -96,6 +97,17 @@ def _check_call(path: str, function: Any, arguments: dict[str, Any]) -> None:
         raise ConfigurationError(
             f"the verifier {path} cannot be called: {error}; expected a function "
             "(response, answer, *, question=None, ...) -> Verdict that has the arguments named"
+        ) from error
+
+
+def _check_pattern(path: str, arguments: dict[str, Any]) -> None:
+    """Raise for a pattern that no response could be searched with."""
+    try:
+        re.compile(arguments.get("pattern", ""))
+    except (re.error, TypeError) as error:
+        raise ConfigurationError(
+            f"the verifier {path} has no usable pattern ({error}): expected a regular expression "
+            r"of Python's re, such as pattern='Answer: (\d+)'"
         ) from error
 
 
