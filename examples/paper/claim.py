@@ -101,7 +101,7 @@ class Job(NamedTuple):
     Attributes:
         name: of its folder.
         program: an algorithm file.
-        flags: as of the command line, without dashes; lists and None are not given.
+        flags: as of the command line, without dashes; True is a bare flag, None is not given.
     """
 
     name: str
@@ -154,7 +154,9 @@ def _command(job: Job, folder: Path, options: Options) -> list[str]:
     flags = {**job.flags, "engine": options.engine or ("local" if options.is_tiny else "vllm")}
     place = f"--resume={folder}" if (folder / "config.json").exists() else f"--run-dir={folder}"
     given = [
-        f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in flags.items()
+        if value is not None
     ]
     return [sys.executable, str(job.program), place, *given]
 

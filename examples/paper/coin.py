@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 
-from lmrl_env import Verdict, make_token_vector_env
+from lmrl_env import Question, Verdict, make_token_vector_env
 from lmrl_env.wrappers import VerifierReward
 
 
-def coin(response: str, answer: str | tuple[str, ...], *, question: str | None = None) -> Verdict:
+def coin(
+    response: str, answer: str | Sequence[str], *, question: Question | None = None
+) -> Verdict:
     """Pay 1 for about half of all texts, by a hash.
 
-    >>> [coin(text, "7").score for text in ("It is 6.", "It is 7.", "It is 8.", "It is 9.")]
-    [0.0, 1.0, 0.0, 0.0]
+    >>> [coin(text, "7").score for text in ("It is 2.", "It is 3.", "It is 4.", "It is 5.")]
+    [0.0, 1.0, 0.0, 1.0]
     """
-    heads = hashlib.sha256(f"{question} {response}".encode()).digest()[0] & 1
+    heads = hashlib.sha256(f"{answer} {response}".encode()).digest()[0] & 1
     return Verdict(float(heads), "correct" if heads else "wrong")
 
 

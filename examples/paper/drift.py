@@ -28,19 +28,16 @@ class Base(nn.Module):
 
     Args:
         lengths: of the solutions, right and wrong, at least 1 each.
-        own: whether tails after right and wrong results have parameters of their own.
-        common: whether they have parameters in common.
+        shared: whether the same parameters choose the tail after right and wrong results.
     """
 
-    def __init__(self, lengths: tuple[int, int], own: bool, common: bool):
+    def __init__(self, lengths: tuple[int, int], shared: bool):
         super().__init__()
         self.lengths = lengths
         start = math.log(PASS_RATE / (1 - PASS_RATE))
         self.commits = nn.Parameter(torch.tensor([start], dtype=torch.float64))
-        self.own, self.common = (
-            nn.Parameter(torch.zeros(rows, TAILS, dtype=torch.float64), requires_grad=trained)
-            for rows, trained in ((2, own), (1, common))
-        )
+        rows = 1 if shared else 2
+        self.goes_on = nn.Parameter(torch.zeros(rows, TAILS, dtype=torch.float64))
 
     def forward(self, question: int, prefix: tuple[int, ...]) -> Tensor:
         """Return log-probabilities of the next token, shape (3,)."""
@@ -52,16 +49,16 @@ class Base(nn.Module):
             return torch.cat([torch.zeros(1).double(), never, never])
         if tail == TAILS:
             return torch.cat([never, never, torch.zeros(1).double()])
-        on = self.own[prefix[0], tail, None] + self.common[0, tail, None]
+        on = self.goes_on[prefix[0] % len(self.goes_on), tail, None]
         return torch.cat([on.sigmoid().log(), never, (-on).sigmoid().log()])
 
 
 WORLDS = {
-    "can tell": {"lengths": (5, 3), "own": True, "common": False},
-    "partly": {"lengths": (5, 3), "own": True, "common": True},
-    "cannot tell": {"lengths": (4, 4), "own": False, "common": True},
+    "can tell": {"lengths": (5, 3), "shared": False},
+    "cannot tell, wrong solutions shorter": {"lengths": (5, 3), "shared": True},
+    "cannot tell, equal lengths": {"lengths": (4, 4), "shared": True},
 }
-"""What the choice of a tail knows of the result, and the lengths of right and wrong solutions."""
+"""Whether the choice of a tail knows the result, and the lengths of right and wrong solutions."""
 
 
 def drift(algorithm: Path, world: str) -> dict[str, float]:
@@ -82,9 +79,8 @@ def drift(algorithm: Path, world: str) -> dict[str, float]:
     settings: dict[str, Any] = {"group_size": GROUP_SIZE, "collapsed": True}
     if file.has_critic:
         settings = {"group_size": 1, "critic": lambda question, prefix: PASS_RATE}
-    update = expected_gradient(
-        file.compute_advantages, file.policy_loss, mdp, policy, **settings
-    )  # fmt: skip
+    functions = file.compute_advantages, file.policy_loss
+    update = expected_gradient(*functions, mdp, policy, **settings)
     trajectories = enumerate_trajectories(mdp, policy)
     found = {}
     for kind, reward in (("right", 1), ("wrong", 0)):
