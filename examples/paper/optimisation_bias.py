@@ -3,9 +3,8 @@
 GRPO, Dr. GRPO and the two steps between them are trained on several seeds, the other algorithms on
 two. Lengths of sampled answers are confounded by the mix of solution styles, which learning
 changes, so that the tails behind committed results are measured by themselves (``tails.py``), and
-beside them stands what enumeration says (``drift.py``). Two controls have free tails but a
-policy that cannot tell right from wrong where it chooses them: a reward that is a coin
-(``coin.py``), and a base that writes careful solutions alone, some of which have slips.
+beside them stands what enumeration says (``drift.py``). The control has free tails but a policy
+that cannot tell right from wrong where it chooses them: its reward is a coin (``coin.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from claim import (
     write,
 )  # fmt: skip
 from drift import WORLDS, drift
-from optimisation_bias_picture import OTHERS, STEPS_OF, Runs, efficiency, picture_of
+from optimisation_bias_picture import ENDS, OTHERS, STEPS_OF, Runs, efficiency, picture_of
 from tails import over_training, prefixes
 
 OTHER_SEEDS = 2
@@ -38,13 +37,13 @@ TINY: dict[str, Any] = {
     "max_new_tokens": 160, "lr": 1e-4, "eval_every": 20, "eval_questions": 256,
     "checkpoint_every": 10, "keep_checkpoints": 0,
 }  # fmt: skip
-CONTROL: dict[str, Any] = {"steps": 20, "eval_every": 0, "eval_questions": 64}
 PAPER: dict[str, Any] = {
     "model": "Qwen/Qwen2.5-Math-1.5B", "questions": "math-12k", "eval_set": "math500", "steps": 400,
     "prompts_per_step": 128, "group_size": 8, "updates_per_step": 8, "max_new_tokens": 3000,
     "lr": 1e-6, "eval_every": 16, "eval_questions": 500, "dtype": "bfloat16",
     "gradient_checkpointing": True,
 }  # fmt: skip
+COIN = "tails after wrong, control"
 LAST = 10
 """Steps at the end over which lengths are averaged."""
 
@@ -89,17 +88,19 @@ def measures(folders: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def add_tails(
-    found: dict[str, dict[str, list[float]]], runs: Runs, base: str, careful_wrong: bool, last: int
+    found: dict[str, dict[str, list[float]]], runs: Runs, base: str
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Measure tails at each tenth step, add those of the end to the figures, and return all."""
-    rows, steps = prefixes(base, careful_wrong), range(0, last + 1, 10)
+    """Measure tails at each checkpoint, add those of the end to the figures, and return all."""
+    rows = prefixes(base)
+    steps = range(0, TINY["steps"] + 1, TINY["checkpoint_every"])
     tails: dict[str, dict[str, list[list[float]]]] = {}
     for name, folders in runs.items():
         each = [over_training(folder, base, steps, rows) for folder in folders]
         tails[name] = {kind: [one[kind] for one in each] for kind in each[0]}
         for kind in ("wrong", "right"):
-            found[name][f"tails after {kind}"] = [one[kind][-1] for one in each]
-            found[name][f"hazard after {kind}"] = [one[f"hazard {kind}"][-1] for one in each]
+            of_name = found.setdefault(name, {})
+            of_name[f"tails after {kind}"] = [one[kind][-1] for one in each]
+            of_name[f"hazard after {kind}"] = [one[f"hazard {kind}"][-1] for one in each]
     return tails
 
 
@@ -134,11 +135,11 @@ def judge(effects: Mapping[str, Interval]) -> Literal["holds", "partly", "does n
     """Return the verdict from the differences between GRPO and Dr. GRPO, paired by seed.
 
     Wrong answers have to be longer, tails after wrong results too where they are known, accuracy
-    the same, and the controls without a difference.
+    the same, and the control without a difference.
     """
     keys = ("length, wrong", "tails after wrong")
     longer = [effects[key].low > 0 for key in keys if key in effects]
-    same = ("held-out accuracy", "coin", "careful")
+    same = ("held-out accuracy", COIN)
     if not any(longer):
         return "does not hold"
     is_clean = not any(excludes_zero(effects[key]) for key in same if key in effects)
@@ -159,47 +160,36 @@ def verdict_of(effects: Mapping[str, Interval], reason: str, seeds: int) -> Verd
     )
 
 
-def reason_of(found: Mapping[str, Mapping[str, list[float]]], early: Interval, effects: Any) -> str:
-    """Return why, by the half-steps, the enumeration and the controls."""
-    half = {
-        name: difference(found[name]["tails after wrong"], found["dr_grpo"]["tails after wrong"])
-        for name in STEPS_OF[1:3]
-    }
+def reason_of(found: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Return why, by the half-steps, the enumeration and the control."""
+    after = {name: of_name["tails after wrong"] for name, of_name in found.items()}
+    half = {name: difference(after[name], after["dr_grpo"]) for name in STEPS_OF[1:3]}
+    told = difference(after["grpo"], found["grpo"]["tails after right"])
     return (
         "It is the length normaliser: without it alone the tails after wrong results differ from "
-        f"Dr. GRPO's by {half['grpo_without_length']}, without the std alone by "
+        f"Dr. GRPO's by {half['grpo_without_length']} sentences, without the std alone by "
         f"{half['grpo_without_std']}. Enumeration says the same: where the policy can tell right "
         "from wrong results, 1/|o| makes tails longer after wrong and shorter after right ones; "
         "where it cannot and wrong solutions are the shorter ones, longer after both; where it "
         "cannot and lengths are equal it does nothing. The net, which shares parameters between "
-        "the two, lies between the first and the second. The third is what the controls test, in "
-        f"{CONTROL['steps']} steps, in which tails after wrong results come to differ by {early} "
-        f"in the main runs: with a coin for a reward they differ by {effects['coin']}, on a base "
-        f"of careful solutions, right and wrong, by {effects['careful']}. Answers that the budget "
-        "cut off are counted apart: they earn 0, which makes tails shorter without any bias."
+        "the two, lies between the first and the second: under GRPO, tails after wrong results "
+        f"are longer than after right ones by {told} sentences. The third is what the "
+        "control tests. Answers that the budget cut off are counted apart: they earn 0, "
+        "which makes tails shorter without any bias."
     )
 
 
-def controls(options: Options, base: str, careful: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run both controls, and return tails and differences between GRPO and Dr. GRPO."""
+def control(options: Options, base: str) -> tuple[dict[str, Any], Interval]:
+    """Pay by a coin; return the tails, and how those after wrong results come to differ."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    tails, effects = {}, {}
-    for condition, model, flags in (
-        ("coin", base, {"env": "coin:Coin-v0"}),
-        ("careful", careful, {"model": careful}),
-    ):
-        names = ("dr_grpo", "grpo")
-        planned = jobs(options, condition, names, options.seeds, **{**CONTROL, **flags})
-        runs = folders_of(options, planned)
-        found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-        tails[condition] = add_tails(
-            found, runs, model, condition == "careful", CONTROL["steps"]
-        )  # fmt: skip
-        ends = [found[name]["tails after wrong"] for name in ("grpo", "dr_grpo")]
-        effects[condition] = difference(*ends)
-    return tails, effects
+    flags = {"env": "coin:Coin-v0", "eval_every": 0, "eval_questions": 64}
+    planned = jobs(options, "coin", ENDS, options.seeds, **flags)
+    found: dict[str, dict[str, list[float]]] = {}
+    tails = add_tails(found, folders_of(options, planned), base)
+    ends = [found[name]["tails after wrong"] for name in ("grpo", "dr_grpo")]
+    return tails, difference(*ends)
 
 
 @claim_options(seeds=5)
@@ -212,19 +202,15 @@ def main(options: Options) -> None:
     found = {name: measures(folders) for name, folders in runs.items()}
     exact = {world: {name: drift(algorithm(name), world) for name in names} for world in WORLDS}
     tails: dict[str, Any] = {}
-    of_controls: dict[str, Interval] = {}
+    of_control: dict[str, Interval] = {}
     reason = "Tails are measured at tiny scale alone."
     if options.is_tiny:
-        base, end = options.model or TINY["model"], TINY["steps"]
-        tails["tiny"] = add_tails(found, runs, base, False, end)
-        careful = str(runs["dr_grpo"][0] / "checkpoints" / f"step-{end}")
-        more, of_controls = controls(options, base, careful)
-        tails |= more
-        at = CONTROL["steps"] // 10
-        early = [[x[at] for x in tails["tiny"][n]["wrong"]] for n in ("grpo", "dr_grpo")]
-        reason = reason_of(found, difference(*early), of_controls)
+        base = options.model or TINY["model"]
+        tails["tiny"] = add_tails(found, runs, base)
+        tails["coin"], of_control[COIN] = control(options, base)
+        reason = reason_of(found)
     pairs = {key: (found["grpo"][key], there) for key, there in found["dr_grpo"].items()}
-    effects = {key: difference(*pair) for key, pair in pairs.items()} | of_controls
+    effects = {key: difference(*pair) for key, pair in pairs.items()} | of_control
     figures = {"measures": found, "tails": tails, "exact drift": exact,
                "grpo less dr_grpo": effects}  # fmt: skip
     verdict = verdict_of(effects, reason, options.seeds)

@@ -1,4 +1,4 @@
-"""The picture of ``optimisation_bias.py``: curves, tails, controls, and what enumeration says."""
+"""The picture of ``optimisation_bias.py``: curves, tails, control, and what enumeration says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from drift import WORLDS
 from matplotlib.figure import Figure
 
 STEPS_OF = ("dr_grpo", "grpo_without_length", "grpo_without_std", "grpo")
+ENDS = ("dr_grpo", "grpo")
 OTHERS = ("cispo", "dapo", "gspo", "lite_ppo", "ppo", "reinforce_pp", "rloo")
 COLORS = {"grpo": "C3", "dr_grpo": "C0", "grpo_without_std": "C1", "grpo_without_length": "C2"}
 COLORS |= dict(zip(OTHERS, ("C1", "C2", "C4", "C5", "C6", "C7", "C8"), strict=True))
@@ -57,12 +58,12 @@ def bars(axes: Any, values: Mapping[str, tuple[float, float]], title: str, unit:
     """Draw a pair of figures, after wrong and after right, for each algorithm."""
     names = list(values)
     for i, (kind, color) in enumerate((("wrong", "0.2"), ("right", "0.7"))):
-        rows = np.arange(len(names)) + 0.2 - 0.4 * i
+        rows = np.arange(len(names)) - 0.2 + 0.4 * i
         axes.barh(rows, [values[name][i] for name in names], 0.38, color=color, label=kind)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
-    axes.legend(title="after a result that is", fontsize=8)
 
 
 CURVES = (
@@ -81,20 +82,20 @@ def curve_rows(axes: Any, main: Runs, others: Runs) -> None:
     for place, (key, title, unit) in zip(axes[:2].flat, CURVES, strict=True):
         panel(place, main, key, title, unit)
     for place, (key, title, unit) in zip(axes[2], SHORT, strict=True):
-        panel(place, others, key, f"others: {title}", unit)
+        panel(place, {name: main[name] for name in ENDS} | others, key, f"others: {title}", unit)
     axes[0, 0].legend(fontsize=8)
     axes[2, 0].legend(fontsize=8, ncols=2)
 
 
 def tail_rows(axes: Any, others: Runs, tails: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw a row of the tails in the main runs, and one of the controls and of all algorithms."""
+    """Draw a row of the tails in the main runs, and one of the control and of all algorithms."""
     of_main = {name: tails["tiny"][name] for name in STEPS_OF}
-    rest = {name: tails["tiny"][name] for name in others}
+    rest = {name: tails["tiny"][name] for name in (*ENDS, *others)}
     tail_panel(axes[0, 0], of_main, "wrong", "tails after wrong results")
     tail_panel(axes[0, 1], of_main, "right", "tails after right results")
     tail_panel(axes[0, 2], rest, "wrong", "others: tails after wrong results")
-    for place, kind in zip(axes[1], ("coin", "careful"), strict=False):
-        tail_panel(place, tails[kind], "wrong", f"control, {kind}: after wrong results")
+    for place, kind in zip(axes[1], ("wrong", "right"), strict=False):
+        tail_panel(place, tails["coin"], kind, f"control, coin: tails after {kind} results")
     drawn = (*axes[0], *axes[1, :2])
     limits = np.array([place.get_ylim() for place in drawn])
     for place in drawn:
@@ -110,7 +111,7 @@ def picture_of(
     main: Runs, others: Runs, tails: Mapping[str, Mapping[str, Any]],
     exact: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> Figure:  # fmt: skip
-    """Draw curves, tails and controls where they are known, and what the enumeration says."""
+    """Draw curves, tails and control where they are known, and what the enumeration says."""
     rows = 6 if tails else 4
     figure = Figure(figsize=(13, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, 3)
@@ -121,4 +122,5 @@ def picture_of(
         drifts = {name: (d["wrong"], d["right"]) for name, d in exact[world].items()}
         bars(place, drifts, f"exact: {world}", "sentences per unit of update")
         place.set_xlim(-0.06, 0.06)
+    axes[-1, -1].legend(title="after a result that is", fontsize=8, loc="center right")
     return figure

@@ -50,16 +50,14 @@ def commitment(response: str) -> tuple[str, str, bool] | None:
     return found[0], found["result"], found[0].strip().startswith(CAREFUL_OPENINGS)
 
 
-def prefixes(model: str, careful_wrong: bool) -> dict[str, list[Prefix]]:
+def prefixes(model: str) -> dict[str, list[Prefix]]:
     """Sample responses to held-out questions, and cut them where their result stands.
 
     Args:
         model: the base, whose own responses these are.
-        careful_wrong: whether wrong commitments are to be slips of careful solutions, which look
-            like right ones, and not careless guesses.
 
     Returns:
-        ``right``: after careful solutions with the right result; ``wrong``.
+        ``right``: after careful solutions with the right result; ``wrong``: after wrong guesses.
 
     Raises:
         ValueError: if the model gives fewer than ``PREFIXES`` of one kind.
@@ -81,7 +79,7 @@ def prefixes(model: str, careful_wrong: bool) -> dict[str, list[Prefix]]:
         prefix = [prompt + encode(text), *(encode(f" {tail} {result}.") for tail in TAILS[:2])]
         if batch.correct[i] and careful:
             found["right"].append(prefix)
-        elif batch.terminated[i] and not batch.correct[i] and careful == careful_wrong:
+        elif batch.terminated[i] and not batch.correct[i] and not careful:
             found["wrong"].append(prefix)
     envs.close()
     if min(map(len, found.values())) < PREFIXES:

@@ -171,7 +171,7 @@ def test_the_last_ten_steps_count(tmp_path):
 LONGER, SAME = Interval(2.0, 1.0, 3.0), Interval(0.1, -1.0, 1.2)
 CLEAN = {
     "length, wrong": LONGER, "tails after wrong": LONGER, "held-out accuracy": SAME,
-    "coin": SAME, "careful": SAME,
+    bias.COIN: SAME,
 }  # fmt: skip
 
 
@@ -181,7 +181,7 @@ CLEAN = {
         ({}, "holds"),
         ({"length, wrong": SAME}, "partly"),
         ({"held-out accuracy": Interval(-0.1, -0.2, -0.01)}, "partly"),
-        ({"coin": LONGER}, "partly"),
+        ({bias.COIN: LONGER}, "partly"),
         ({"length, wrong": SAME, "tails after wrong": Interval(-2, -3, -1)}, "does not hold"),
     ],
 )
