@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from algos_files import ALGORITHMS, BY_GROUP, NAMES, ROOT, WITH_EPS, WITHOUT_CRITIC, each
+from algos_files import (
+    ALGORITHMS,
+    BY_GROUP,
+    HALF_STEPS,
+    NAMES,
+    ROOT,
+    WITH_EPS,
+    WITHOUT_CRITIC,
+    each,
+    file_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batches import make_rollout
@@ -33,7 +43,7 @@ REGIONS = {"args", "setup", "rollout", "update", "step", "log", "end"}
 def shared_regions(name):
     """Return the lines of each shared region of a file."""
     regions, region = {}, None
-    for line in (ROOT / "algos" / f"{name}.py").read_text().splitlines():
+    for line in file_of(name).read_text().splitlines():
         mark = MARK.fullmatch(line.strip())
         assert mark or "--- shared" not in line, line
         if mark and mark["end"] == "begin":
@@ -54,7 +64,7 @@ def test_these_are_all_the_files():
     assert sorted(path.stem for path in (ROOT / "algos").glob("*.py")) == sorted(NAMES)
 
 
-@each(*NAMES)
+@each(*NAMES, *HALF_STEPS)
 def test_shared_regions_are_the_same_in_every_file(name):
     regions = shared_regions(name)
     assert regions.keys() == REGIONS
@@ -63,23 +73,25 @@ def test_shared_regions_are_the_same_in_every_file(name):
         assert lines == shared_regions("dr_grpo")[region]
 
 
-@each(*NAMES)
+@each(*NAMES, *HALF_STEPS)
 def test_a_file_is_short_and_imports_no_other(name):
-    source = (ROOT / "algos" / f"{name}.py").read_text()
+    source = file_of(name).read_text()
     assert len(source.splitlines()) <= (395 if name == "ppo" else 345)
     for node in ast.walk(ast.parse(source)):
         imported = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
         imported.append(getattr(node, "module", "") or "")
-        assert not {*NAMES, "algos"} & {part for name in imported for part in name.split(".")}
+        assert not {*NAMES, *HALF_STEPS, "algos"} & {
+            part for name in imported for part in name.split(".")
+        }
 
 
-@each(*NAMES)
+@each(*NAMES, *HALF_STEPS)
 def test_importing_a_file_does_nothing_else(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     torch.rand(1)  # so that the state is not one fresh from a seed
     random_state, path = torch.get_rng_state(), list(sys.path)
     accelerate_state = dict(AcceleratorState._shared_state)
-    spec = importlib.util.spec_from_file_location("fresh", ROOT / "algos" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location("fresh", file_of(name))
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fresh", module)
     spec.loader.exec_module(module)
