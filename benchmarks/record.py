@@ -24,19 +24,25 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def commit() -> str:
+    """Return the commit, with ``-dirty`` if any file but the results differs from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", *command], cwd=RESULTS.parents[1], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/*.md")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+
+
 def write(name: str, figures: dict[str, Any]) -> None:
     """Print the figures, and write ``results/NAME.json``."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     record = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "hardware": f"{processor()}, {os.cpu_count()} cores, {platform.machine()}",
         "load_at_start": round(LOAD_AT_START, 2),
         "python": platform.python_version(),
