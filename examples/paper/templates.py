@@ -160,6 +160,9 @@ CONSTRUCTED = (
     "so the first and the last part nearly must hold. Measured: how nearly, and what a template or "
     "four examples that a diet never had cost. If qa shows the pattern of Qwen2.5-Math, the "
     "hypothesis suffices for it; that Qwen2.5 was so trained does not follow."
+    " Limits: four examples make no tiny model better, as no diet has prompts of that kind and "
+    "length, so that part says little; qa never read an <answer> tag, so its 0% under R1 was "
+    "nearly certain; mixed was trained longer and on all levels, so its accuracy does not compare."
 )
 """Which parts of the verdict the diets decide."""
 
