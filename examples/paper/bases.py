@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 import numpy as np
-from claim import ROOT, Interval, Options
+from claim import ROOT, Interval, Options, alone
 
 from lmrl_env.questions.arithmetic import arithmetic_questions
 from lmrl_env.samples import Sample, read_samples
@@ -74,14 +74,15 @@ def run_all(options: Options, tasks: Sequence[Task]) -> None:
 
 
 def _run(task: Task, options: Options) -> None:
-    if task.result.exists():
-        return
-    threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
-    done = subprocess.run(
-        [sys.executable, *task.command],
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    with alone(task.result.parent):
+        if task.result.exists():
+            return
+        threads = {"OMP_NUM_THREADS": "1"} if options.is_tiny else {}
+        done = subprocess.run(
+            [sys.executable, *task.command],
+            env={**os.environ, **threads},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
     if done.returncode:
         raise click.ClickException(
             f"{task.name} ended with {done.returncode}:\n{done.stdout[-2000:]}"
