@@ -272,7 +272,7 @@ def test_two_models_are_compared_on_the_same_questions(tmp_path, questions):
 def test_a_verifier_that_fails_is_not_silent(tmp_path, questions):
     result = lmrl(
         "eval", "--model", "tiny", "--suite", questions, "--limit", 8, "--max-new-tokens", 400,
-        "--verifier", "regex(pattern='(')", "--output", tmp_path / "out",
+        "--verifier", "scripted_verifiers:broken_helper", "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.exit_code == 0
     assert "Warning: the verifier failed on " in result.stderr
