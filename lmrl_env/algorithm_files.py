@@ -80,7 +80,8 @@ def _load(path: Path, name: str) -> Algorithm:
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the types of their fields
-    sys.path.append(str(path.resolve().parent))  # where the modules beside it are
+    if (beside := str(path.resolve().parent)) not in sys.path:  # where the modules beside it are
+        sys.path.append(beside)
     with errors_of(name, path):
         spec.loader.exec_module(module)
     expected = ("compute_advantages", "policy_loss")

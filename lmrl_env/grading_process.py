@@ -64,7 +64,9 @@ class WorkerProcess:
             start_new_session=True,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(str(path) or os.getcwd() for path in sys.path),
+                "PYTHONPATH": os.pathsep.join(
+                    dict.fromkeys(str(p) or os.getcwd() for p in sys.path)
+                ),
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
             },

@@ -33,7 +33,8 @@ def run_command(args_class: type[ArgsT], main: Callable[[ArgsT], None]) -> None:
             defaults, each with a docstring under it; it has the fields ``resume`` and ``run_dir``.
         main: the program.
     """
-    sys.path.append(os.getcwd())  # where the module of an id such as my_module:MyEnv-v0 may be
+    if os.getcwd() not in sys.path:  # where the module of an id such as my_module:MyEnv-v0 may be
+        sys.path.append(os.getcwd())
     docs = field_docs(args_class)
     hints = typing.get_type_hints(args_class)
 

@@ -409,3 +409,9 @@ def test_workers_that_were_started_long_before_the_first_batch_grade_it():
             1,
             0,
         ] * 20
+
+
+def test_a_path_that_names_a_place_many_times_does_not_keep_workers_from_starting(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, *["/no/such/place"] * 20_000])
+    with Grader("exact") as grader:  # the variable would be longer than the system allows
+        assert grader.grade(["a"], ["a"])[0].status == "correct"

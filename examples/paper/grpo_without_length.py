@@ -101,6 +101,8 @@ class Args:
     """folder of a run to go on with, under its own settings except those given here"""
     save_batch: str | None = None
     """file that the first rollout batch is saved to"""
+    profile: int = 0
+    """steps to trace into the run's folder, after two of warm-up, with a picture of the time"""
     dry_run: bool = False
     """print what a step of this run would be, and stop"""
     tracker: Literal["tensorboard", "wandb"] | None = None
@@ -223,21 +225,19 @@ def main(args: Args) -> None:
         advantages = plan.own_rows(compute_advantages(rewards, args.group_size))
 
         # --- shared update: begin
-        on_policy = args.updates_per_step * args.epochs == 1  # the policy is still the rollout's
-        if on_policy:
-            old_logprobs = torch.zeros(batch.mask.shape, device=accelerator.device)
-        elif old_logprobs is None:
-            old_logprobs = plan.logprobs(policy, batch, args.temperature)
+        minibatches = list(plan.minibatches(step))
+        if old_logprobs is None:
+            old_logprobs = plan.old_logprobs(policy, batch, args.temperature, minibatches)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-        for rows in plan.minibatches(step):
+        for update, rows in enumerate(minibatches):
             totals = plan.totals(batch, rows)
             for micro in updates.micro_batches(batch, rows):
                 with updates.micro_step(micro):
                     logprobs, entropy = policy(
                         micro.tokens, temperature=args.temperature, with_entropy=True
                     )
-                    if on_policy:
+                    if update == 0:  # the policy is still the rollout's
                         old_logprobs[micro.rows, : micro.width] = logprobs.detach()
                     old = torch.where(micro.mask, micro.part(old_logprobs), logprobs.detach())
                     weighted = micro.part(advantages)  # (n,) or (n, k)

@@ -56,7 +56,8 @@ def main() -> None:
     \b
       eval "$(_LMRL_COMPLETE=bash_source lmrl)"
     """
-    sys.path.append(os.getcwd())  # where the module of a verifier such as my_module:mine may be
+    if os.getcwd() not in sys.path:  # where the module of a verifier such as my_module:mine may be
+        sys.path.append(os.getcwd())
 
 
 for command in (
