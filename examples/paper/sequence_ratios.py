@@ -212,7 +212,7 @@ def plot(figures: Mapping[str, Any]) -> Figure:
     clipped.set_ylabel("clipped tokens, %")
     clipped.set_yscale("log")
     clipped.set_title("clipped, minibatches 2 to 8")
-    clipped.legend(fontsize=8)
+    clipped.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     return figure

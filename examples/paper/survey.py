@@ -7,6 +7,7 @@ batch: that is measured on batches that a model samples, without a training run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +94,7 @@ def outcome(*checks: bool) -> Literal["holds", "partly", "does not hold"]:
     return "holds" if all(checks) else "partly" if any(checks) else "does not hold"
 
 
+@lru_cache
 def functions(name: str) -> Algorithm:
     """Return the advantages and the loss of an algorithm file."""
     return load_algorithms([algorithm(name)])[0]

@@ -127,13 +127,14 @@ def test_buckets_of_length_hold_all_rows():
 def test_clip_higher_is_judged_by_the_interval_over_seeds():
     def figures(gain, spread):
         value = clip_higher.interval([gain - spread, gain, gain + spread])
-        return {name: {"entropy_above_0.2": value, "policy/clip_fraction_high": value}
-                for name in clip_higher.BOUNDS}  # fmt: skip
+        keys = ("entropy_above_0.2", "policy/clip_fraction_high", "accuracy")
+        return {name: dict.fromkeys(keys, value) for name in clip_higher.BOUNDS}
 
     clear, unclear = figures(0.1, 0.001), figures(0.1, 0.2)
-    assert clip_higher.judge({"base": clear, "trained": clear}, 3).holds == "holds"
-    assert clip_higher.judge({"base": unclear, "trained": clear}, 3).holds == "partly"
-    assert clip_higher.judge({"base": unclear, "trained": unclear}, 3).holds == "does not hold"
+    assert clip_higher.judge({"base model": clear, "trained model": clear}, 3).holds == "holds"
+    assert clip_higher.judge({"base model": unclear, "trained model": clear}, 3).holds == "partly"
+    neither = {"base model": unclear, "trained model": unclear}
+    assert clip_higher.judge(neither, 3).holds == "does not hold"
 
 
 @pytest.fixture(scope="module")
