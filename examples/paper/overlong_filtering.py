@@ -84,8 +84,9 @@ def judge(figures: Mapping[str, Any], scale: str, seeds: int) -> Verdict:
         measured + ".",
         outcome(helps, nothing) if helps else "does not hold",
         "A filtered response loses its gradient, so that nothing but the right answers teaches the "
-        "policy to finish in time: more stay truncated, and as many are right. The punishment is the test of whether to finish in time is what is "
-        f"to be learned: its last {CACHE[scale]} tokens, as many under either budget, are where "
+        "policy to finish in time: more stay truncated, and as many are right. The punishment is "
+        "the test of whether to finish in time is what is to be learned: its last "
+        f"{CACHE[scale]} tokens, as many under either budget, are where "
         "right answers end under the tight one, and it then unlearns these with the truncated.",
         f"{seeds} seeds a budget and way",
     )
