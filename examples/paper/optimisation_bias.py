@@ -172,7 +172,7 @@ def reason_of(found: Mapping[str, Mapping[str, list[float]]]) -> str:
         "from wrong results, 1/|o| makes tails longer after wrong and shorter after right ones; "
         "where it cannot and wrong solutions are the shorter ones, longer after both; where it "
         "cannot and lengths are equal it does nothing. The net, which shares parameters between "
-        "the two, lies between the first and the second: under GRPO, tails after wrong results "
+        "the two, may lie between the first and the second: under GRPO, tails after wrong results "
         f"are longer than after right ones by {told} sentences. The third is what the "
         "control tests. Answers that the budget cut off are counted apart: they earn 0, "
         "which makes tails shorter without any bias."
