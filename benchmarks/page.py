@@ -200,8 +200,8 @@ One micro-batch of the default job's shape over the width of the model, as a sha
 its matrix products alone, and its cost over response length, group size and number of groups. What
 is missing to 100% is attention, norms, activations and the log-probabilities, which move memory
 and multiply little: their share falls with the width. `torch.compile` of the layers, shapes
-dynamic, was slower here (0.77 of the speed at 0.85 M parameters, 0.68 at 3 M, and 161 s to start),
-so that there is no flag for it.
+dynamic, was slower in a trial (0.77 of the speed at 0.85 M parameters and 0.68 at 3 M, in CPU time
+of one thread; its first step took 161 s on a busy machine), so that there is no flag for it.
 """),
     ("Sampling", "bench_local_engine", "local_engine", """
 The default job's batch: 16 questions × 8 responses of at most 96 tokens. `generate` forwards every
