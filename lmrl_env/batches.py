@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmrl_env.kl import k3
+from lmrl_env.packed_row import common_beginning
 from lmrl_env.policy import Lengths, TokenBatch
 from lmrl_env.rollout import Rollout
 from lmrl_env.types import BatchTotals
@@ -84,10 +85,15 @@ def micro_batches(
         rows = cut if len(cut) else np.zeros(1, dtype=np.int64)
         groups, prompt_index = np.unique(rows // group_size, return_inverse=True)
         first = groups * group_size
+        prompts = rollout.prompt_ids[first].tolist()
+        prompt_lengths = rollout.prompt_lengths[first].astype(np.int64)
         lengths = Lengths(
-            rollout.prompt_lengths[first].astype(np.int64),
+            prompt_lengths,
             prompt_index,
             rollout.response_lengths[rows].astype(np.int64),
+            common_beginning(
+                [tuple(ids[:k]) for ids, k in zip(prompts, prompt_lengths, strict=True)]
+            ),
         )
         width, prompt_width = int(lengths.responses.max()), int(lengths.prompts.max())
         tokens = TokenBatch(

@@ -2,15 +2,17 @@
 
 All token-wise layers of a Transformers model run on one row of real tokens. Only here, where
 tokens meet, are they laid out in rows again: a prompt's keys and values serve all its responses,
-and gradients flow back through them.
+those of the tokens that all prompts begin with serve all prompts, and gradients flow back through
+them.
 
 Which token stands where is worked out on the CPU: a GPU is told, and never waited for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lmrl_env.attention import attend_by_sdpa
-from lmrl_env.prefix_attention import PrefixPlan, prefix_attention
+from lmrl_env.prefix_attention import Part, PrefixPlan, prefix_attention
 
 ROWS_AT_ONCE = 16
 """Responses that attend together: sorted by length, few of them waste little on padding."""
 
+FEWEST_COMMON = 16
+"""Tokens of a common beginning below which to treat it apart costs more than it saves."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -58,9 +62,11 @@ class PackedLayout:
         prompt_index: shape (n,), int64: the prompt that each response continues.
         response_lengths: shape (n,), int64, may be 0.
         device: of the tokens.
+        common: tokens that all prompts begin with, fewer than the shortest has: they stand once,
+            at the start of the row.
 
     Attributes:
-        prompt_starts: shape (q,), int64: place of each prompt's first token.
+        prompt_ends: shape (q,), int64: place of each prompt's last token.
         response_starts: shape (n,), int64: place of each response's first token.
         attended: how many layers have attended by this layout so far.
     """
@@ -71,28 +77,33 @@ class PackedLayout:
         prompt_index: Integers,
         response_lengths: Integers,
         device: torch.device | str = "cpu",
+        common: int = 0,
     ):
         self.attended = 0
         self.device = torch.device(device)
+        self._common = common
+        own_lengths = prompt_lengths - common
         order = prompt_index.argsort(kind="stable")
-        ends = np.concatenate([prompt_lengths, response_lengths[order]]).cumsum()
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
-        q = len(prompt_lengths)
-        self.prompt_starts = starts[:q]
+        bounds = np.concatenate([[0, common], own_lengths, response_lengths[order]]).cumsum()
+        starts, q = bounds[1:-1], len(prompt_lengths)
+        self.prompt_ends = bounds[2 : q + 2] - 1
         self.response_starts = np.empty_like(response_lengths)
         self.response_starts[order] = starts[q:]
+        prompt_rows, prompt_columns = cells(own_lengths)
         rows, columns = cells(response_lengths[order])
         self._cells = [
-            to_device(x, self.device) for x in (*cells(prompt_lengths), order[rows], columns)
+            to_device(x, self.device)
+            for x in (prompt_rows, common + prompt_columns, order[rows], columns)
         ]
 
         of_prompt = np.zeros_like(prompt_lengths)  # response tokens
         np.add.at(of_prompt, prompt_index, response_lengths)
-        bounds = np.concatenate([[0], prompt_lengths, of_prompt]).cumsum().tolist()
+        bounds = np.concatenate([[common], own_lengths, of_prompt]).cumsum().tolist()
         slices = [slice(a, b) for a, b in pairwise(bounds)]
         self._groups = list(zip(slices[:q], slices[q:], strict=True))
 
-        self._prompts = _rows(self.prompt_starts, prompt_lengths, prompt_index[:0])
+        self._prompts = _rows(starts[:q] - common, prompt_lengths, prompt_index[:0])
+        self._prompts.tokens[:, :common] = np.arange(common)
         longest_first = (-response_lengths).argsort(kind="stable")
         self._responses = [
             _rows(self.response_starts[rows], response_lengths[rows], prompt_index[rows])
@@ -109,10 +120,17 @@ class PackedLayout:
         cells = np.concatenate([nothing, *(rows.tokens.ravel() for rows in self._responses)])
         real = np.concatenate([nothing > 0, *(rows.real.ravel() for rows in self._responses)])
         (taken,) = real.nonzero()
-        prompt_tokens = self._groups[-1][0].stop
+        prompts_end = self._groups[-1][0].stop
+        end = prompts_end + len(taken)
+        common, others = slice(0, self._common), slice(self._common, end)
+        is_first = self._common == 0
+        parts = [Part(common, common, True, True), Part(others, common, False, True)]
+        for prompt, responses in self._groups:
+            parts.append(Part(prompt, prompt, True, is_first))
+            parts.append(Part(responses, prompt, False, is_first))
         return PrefixPlan(
-            groups=self._groups,
-            responses=slice(prompt_tokens, prompt_tokens + len(taken)),
+            parts=[part for part in parts if all(x.start < x.stop for x in part[:2])],
+            responses=slice(prompts_end, end),
             blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in self._responses],
             cells=to_device(cells, self.device),
             padding=to_device(~real, self.device),
@@ -130,7 +148,10 @@ class PackedLayout:
         places = []
         for rows in (self._prompts, *self._responses):
             r, k = rows.tokens.shape
-            (taken,) = rows.real.ravel().nonzero()
+            computed = rows.real.copy()
+            if rows is self._prompts:
+                computed[1:, : self._common] = False  # these tokens stand once
+            (taken,) = computed.ravel().nonzero()
             places.append(rows.tokens.ravel()[taken])
             prompts = mask = None
             if rows is not self._prompts:
@@ -156,7 +177,13 @@ class PackedLayout:
         [5, 3]
         """
         prompt_rows, prompt_columns, rows, columns = self._cells
-        return torch.cat([prompts[prompt_rows, prompt_columns], responses[rows, columns]])
+        return torch.cat(
+            [
+                prompts[0, : self._common],
+                prompts[prompt_rows, prompt_columns],
+                responses[rows, columns],
+            ]
+        )
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
@@ -200,6 +227,24 @@ class PackedLayout:
             )
             outputs.append(output.flatten(0, 1).index_select(0, real))
         return torch.cat(outputs).index_select(0, order)
+
+
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens to forward once for all prompts: those that all of them begin with.
+
+    0 if there are few such tokens or one prompt; at most all but the last of the shortest prompt.
+
+    >>> common_beginning([(*range(20), 7), (*range(20),)])
+    19
+    >>> common_beginning([(1, 2, 3), (1, 2)])
+    0
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in dictionary order
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    common = min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
+    return common if common >= FEWEST_COMMON else 0
 
 
 def cells(lengths: Integers) -> tuple[Integers, Integers]:

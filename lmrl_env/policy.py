@@ -131,11 +131,14 @@ class Lengths(NamedTuple):
         prompts: shape (q,), int64, at least 1.
         prompt_index: shape (n,), int64: which prompt each response continues.
         responses: shape (n,), int64, at least 1.
+        common: tokens that all prompts begin with, fewer than the shortest has, and forwarded
+            once for all of them.
     """
 
     prompts: Integers
     prompt_index: Integers
     responses: Integers
+    common: int = 0
 
 
 class TokenBatch(NamedTuple):
@@ -161,8 +164,11 @@ class TokenBatch(NamedTuple):
         """Return the lengths on the CPU."""
         if self.lengths is not None:
             return self.lengths
-        lengths = (self.prompt_lengths, self.prompt_index, self.response_lengths)
-        return Lengths(*(x.cpu().numpy() for x in lengths))
+        return Lengths(
+            prompts=self.prompt_lengths.cpu().numpy(),
+            prompt_index=self.prompt_index.cpu().numpy(),
+            responses=self.response_lengths.cpu().numpy(),
+        )
 
 
 def response_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -204,10 +210,10 @@ def _packed(
     model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
 ) -> tuple[Tensor, Integers]:
     """Return hidden states (·, H), and which one predicts each response token, (T,)."""
-    prompt_lengths, prompt_index, response_lengths = batch.lengths_on_cpu()
+    prompt_lengths, prompt_index, response_lengths, common = batch.lengths_on_cpu()
     device = batch.prompt_ids.device
     # Nothing is predicted from a response's last token.
-    layout = PackedLayout(prompt_lengths, prompt_index, response_lengths - 1, device)
+    layout = PackedLayout(prompt_lengths, prompt_index, response_lengths - 1, device, common)
     width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
     column = torch.arange(max(width, length), device=device)
     starts = batch.prompt_lengths[batch.prompt_index][:, None]
@@ -227,8 +233,8 @@ def _packed(
             f"{type(model).__name__} attended by the packed layout in {layout.attended} "
             f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
         )
-    last = (layout.prompt_starts + prompt_lengths - 1)[prompt_index]  # of the prompt
-    before = np.where(columns > 0, layout.response_starts[rows] + columns - 1, last[rows])
+    prompt_ends = layout.prompt_ends[prompt_index]
+    before = np.where(columns > 0, layout.response_starts[rows] + columns - 1, prompt_ends[rows])
     return hidden, before
 
 
@@ -236,7 +242,7 @@ def _padded(
     model: PreTrainedModel, batch: TokenBatch, rows: Integers, columns: Integers
 ) -> tuple[Tensor, Integers]:
     """Return hidden states (·, H), and which one predicts each response token, (T,)."""
-    prompt_lengths, prompt_index, _ = batch.lengths_on_cpu()
+    lengths = batch.lengths_on_cpu()
     length = batch.response_ids.shape[1]
     column = torch.arange(length, device=batch.response_ids.device)
     places = batch.prompt_lengths[batch.prompt_index][:, None] + column
@@ -245,7 +251,7 @@ def _padded(
     )
     # Padding stands behind what counts, where a causal model does not look: no mask.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    before = rows * ids.shape[1] + prompt_lengths[prompt_index][rows] + columns - 1
+    before = rows * ids.shape[1] + lengths.prompts[lengths.prompt_index][rows] + columns - 1
     return hidden.flatten(0, 1), before
 
 

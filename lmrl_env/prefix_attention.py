@@ -1,7 +1,8 @@
-"""Attention on the CPU of responses to their shared prompts, in two parts put together exactly.
+"""Attention on the CPU of responses to their shared prompts, in parts put together exactly.
 
 All responses of a prompt attend to it as if they were one, where it stands, and to themselves in
-padded rows. Each part tells the logarithm of its normaliser Z, the sum of its exponentials:
+padded rows; so do all prompts and responses to the tokens that every prompt begins with. Each
+part tells the logarithm of its normaliser Z, the sum of its exponentials:
 
     o = (Z₁ o₁ + Z₂ o₂) / (Z₁ + Z₂)
 
@@ -16,11 +17,27 @@ import torch
 from torch import Tensor
 
 
+class Part(NamedTuple):
+    """Tokens of a packed row that attend to tokens of it.
+
+    Attributes:
+        queries: the tokens that attend.
+        keys: the tokens that they attend to.
+        is_causal: whether these are the same tokens, of which none sees a later one.
+        is_first: whether no part before this one had its queries.
+    """
+
+    queries: slice
+    keys: slice
+    is_causal: bool
+    is_first: bool
+
+
 class PrefixPlan(NamedTuple):
     """Which tokens of a packed row attend to which.
 
     Attributes:
-        groups: tokens of each prompt, and those of all responses to it.
+        parts: tokens that attend to tokens where these stand, none of them empty.
         responses: tokens of all responses, the end of the row.
         blocks: rows and columns of each padded block of responses.
         cells: shape (c,), int64: the token in each cell of the blocks; any at padding.
@@ -28,7 +45,7 @@ class PrefixPlan(NamedTuple):
         real: shape (t,), int64: the cell of each of the responses' tokens.
     """
 
-    groups: list[tuple[slice, slice]]
+    parts: list[Part]
     responses: slice
     blocks: list[tuple[int, int]]
     cells: Tensor
@@ -95,6 +112,13 @@ def _blocks(plan: PrefixPlan, *packed: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*cut, strict=True))
 
 
+def _merge(output: Tensor, log_z: Tensor, own: Tensor, own_log_z: Tensor) -> None:
+    """Put a further part into what the parts before it gave, in place."""
+    share = (own_log_z - log_z).sigmoid_()[..., None].to(own.dtype)
+    output.lerp_(own, share)
+    log_z.copy_(torch.logaddexp(log_z, own_log_z))
+
+
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,20 +129,19 @@ class _PrefixAttention(torch.autograd.Function):
         log_z = queries.new_empty(
             queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32)
         )
-        for prompt, responses in plan.groups:
-            for tokens in (prompt, responses):
-                if tokens.start < tokens.stop:
-                    rows = (queries[tokens], keys[prompt], values[prompt])
-                    output[tokens], log_z[tokens] = _forward(rows, tokens is prompt, scaling)
+        for part in plan.parts:
+            rows = (queries[part.queries], keys[part.keys], values[part.keys])
+            own, own_log_z = _forward(rows, part.is_causal, scaling)
+            if part.is_first:
+                output[part.queries], log_z[part.queries] = own, own_log_z
+            else:
+                _merge(output[part.queries], log_z[part.queries], own, own_log_z)
         if plan.blocks:
             parts = [_forward(rows, True, scaling) for rows in _blocks(plan, queries, keys, values)]
             own, own_log_z = (
                 torch.cat(x).index_select(0, plan.real) for x in zip(*parts, strict=True)
             )
-            log_z_before = log_z[plan.responses]
-            share = (own_log_z - log_z_before).sigmoid_()[..., None].to(own.dtype)
-            output[plan.responses].lerp_(own, share)
-            log_z[plan.responses] = torch.logaddexp(log_z_before, own_log_z)
+            _merge(output[plan.responses], log_z[plan.responses], own, own_log_z)
         ctx.save_for_backward(queries, keys, values, output, log_z)
         ctx.plan, ctx.scaling = plan, scaling
         return output
@@ -128,25 +151,25 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, output, log_z = ctx.saved_tensors
         plan: PrefixPlan = ctx.plan
-        query_gradient = queries.new_empty(queries.shape)
-        key_gradient, value_gradient = (x.new_empty(x.shape) for x in (keys, values))
-        for prompt, responses in plan.groups:
-            for tokens in (prompt, responses):
-                if tokens.start == tokens.stop:
-                    continue
-                seen = (keys[prompt], values[prompt], output[tokens])
-                own = _backward(
-                    (gradient[tokens], queries[tokens], *seen),
-                    log_z[tokens],
-                    tokens is prompt,
-                    ctx.scaling,
-                )
-                query_gradient[tokens] = own[0]
-                if tokens is prompt:
-                    key_gradient[prompt], value_gradient[prompt] = own[1:]
-                else:
-                    key_gradient[prompt] += own[1]
-                    value_gradient[prompt] += own[2]
+        query_gradient, key_gradient, value_gradient = (
+            torch.zeros_like(x) for x in (queries, keys, values)
+        )
+        for part in plan.parts:
+            own = _backward(
+                (
+                    gradient[part.queries],
+                    queries[part.queries],
+                    keys[part.keys],
+                    values[part.keys],
+                    output[part.queries],
+                ),
+                log_z[part.queries],
+                part.is_causal,
+                ctx.scaling,
+            )
+            query_gradient[part.queries] += own[0]
+            key_gradient[part.keys] += own[1]
+            value_gradient[part.keys] += own[2]
         if plan.blocks:
             padded = _blocks(plan, gradient, queries, keys, values, output, log_z)
             parts = []

@@ -126,3 +126,14 @@ def test_an_empty_micro_batch_adds_nothing():
     (micro,) = micro_batches(rollout, [np.zeros(0, np.int64)], 2, "cpu")
     assert not micro.mask.any()
     assert micro.last
+
+
+def test_micro_batches_tell_what_their_own_prompts_begin_with():
+    rollout = make_rollout([20, 24, 22, 20], [3] * 8, group_size=2)
+    template = np.arange(20) % V
+    rollout.prompt_ids[:6, :20] = template  # the third question's rows too, but not the fourth's
+    rollout.prompt_ids[4:6, 18] += 1
+    cuts = [np.arange(4), np.arange(6), np.arange(2), np.arange(4, 8)]
+    micros = list(micro_batches(rollout, cuts, 2, "cpu"))
+    # 20 tokens are alike, but one of each prompt has to follow; alone, a prompt shares nothing.
+    assert [micro.tokens.lengths.common for micro in micros] == [19, 18, 0, 0]

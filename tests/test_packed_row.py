@@ -19,8 +19,9 @@ from lmrl_env.types import BatchTotals
 HEADS, KEY_HEADS, D = 4, 2, 8
 
 
-def layout_of(prompts, index, responses) -> PackedLayout:
-    return PackedLayout(*(np.array(x, dtype=np.int64) for x in (prompts, index, responses)))
+def layout_of(prompts, index, responses, common=0) -> PackedLayout:
+    lengths = (np.array(x, dtype=np.int64) for x in (prompts, index, responses))
+    return PackedLayout(*lengths, common=common)
 
 
 def tokens_of(layout, seed=0, dtype=torch.float64, scale=1.0):
@@ -43,15 +44,17 @@ def by_copies(layout, q, k, v):
     return layout._attend_by_copies(torch.nn.Identity(), q, k, v, 0.3)
 
 
-def one_by_one(layout, prompts, index, responses, q, k, v):
+def one_by_one(layout, prompts, index, responses, common, q, k, v):
     """Attend token by token, from what each may see."""
     output = torch.zeros_like(q)
     k, v = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (k, v))
-    rows = [(start, range(length), []) for start, length in zip(
-        layout.prompt_starts, prompts, strict=True)]  # fmt: skip
+    beginning = list(range(common))
+    rows = [(0, beginning, [])]
+    own = [list(range(end + 1 - length + common, end + 1)) for end, length in zip(
+        layout.prompt_ends, prompts, strict=True)]  # fmt: skip
+    rows += [(tokens[0], range(len(tokens)), beginning) for tokens in own]
     for start, prompt, length in zip(layout.response_starts, index, responses, strict=True):
-        first = layout.prompt_starts[prompt]
-        rows.append((start, range(length), list(range(first, first + prompts[prompt]))))
+        rows.append((start, range(length), beginning + own[prompt]))
     for start, columns, before in rows:
         for column in columns:
             seen = [*before, *range(start, start + column + 1)]
@@ -68,7 +71,11 @@ def gradients(output, inputs):
 layouts = st.lists(st.integers(1, 5), min_size=1, max_size=4).flatmap(
     lambda prompts: st.lists(
         st.tuples(st.integers(0, len(prompts) - 1), st.integers(0, 6)), min_size=1, max_size=20
-    ).map(lambda rows: (prompts, *map(list, zip(*rows, strict=True))))
+    ).flatmap(
+        lambda rows: st.integers(0, min(prompts) - 1).map(
+            lambda common: (prompts, *map(list, zip(*rows, strict=True)), common)
+        )
+    )
 )
 
 
@@ -85,10 +92,11 @@ def test_both_ways_to_attend_give_what_each_token_sees(lengths):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("common", [0, 13])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # scores up to thousands, at padding too
-def test_parts_by_their_normalisers_are_the_copies_in_float32(scale):
+def test_parts_by_their_normalisers_are_the_copies_in_float32(scale, common):
     index = np.repeat(np.arange(3), 8)
-    layout = layout_of([150, 14, 60], index, np.random.default_rng(0).integers(0, 57, 24))
+    layout = layout_of([150, 14, 60], index, np.random.default_rng(0).integers(0, 57, 24), common)
     inputs = tokens_of(layout, dtype=torch.float32, scale=scale)
     fast, slow = (f(layout, *inputs) for f in (in_prefix_parts, by_copies))
     assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max()

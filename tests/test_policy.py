@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 import lmrl_env.policy
 from lmrl_env.attention import PACKED_ATTENTION, use_packed_attention
 from lmrl_env.errors import ConfigurationError, ModelError
-from lmrl_env.policy import Policy, TokenBatch, load_model
+from lmrl_env.policy import Lengths, Policy, TokenBatch, load_model
 
 PROMPT_LENGTHS = [5, 3, 7]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2, 1]
@@ -30,8 +31,12 @@ def token_batch(
     *,
     extra: int = 0,
     seed: int = 1,
+    common: int = 0,
 ) -> TokenBatch:
-    """Return a batch of random tokens, padded wider than need be by ``extra``."""
+    """Return a batch of random tokens, padded wider than need be by ``extra``.
+
+    All prompts begin with the same ``common`` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def rows(lengths):
@@ -40,12 +45,16 @@ def token_batch(
             row[:length] = torch.randint(0, VOCAB_SIZE, (length,), generator=generator)
         return ids
 
+    prompts = rows(prompt_lengths)
+    prompts[:, :common] = prompts[0, :common]
+    lengths = [prompt_lengths, prompt_index, response_lengths]
     return TokenBatch(
-        rows(prompt_lengths),
+        prompts,
         torch.tensor(prompt_lengths),
         torch.tensor(prompt_index),
         rows(response_lengths),
         torch.tensor(response_lengths),
+        Lengths(*(np.array(x, dtype=np.int64) for x in lengths), common) if common else None,
     )
 
 
@@ -81,9 +90,10 @@ def loss_gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("common", [0, 2])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2", "mistral"])
-def test_values_and_gradients_equal_those_of_one_row_at_a_time(architecture):
-    batch, temperature = token_batch(), 0.7
+def test_values_and_gradients_equal_those_of_one_row_at_a_time(architecture, common):
+    batch, temperature = token_batch(common=common), 0.7
     policy = random_policy(architecture)
     packs = policy.model.config._attn_implementation == PACKED_ATTENTION
     assert packs == (architecture != "mistral")  # whose window is shorter than the rows
@@ -231,6 +241,16 @@ def test_probabilities_of_the_vocabulary_alone_sum_to_one(dtype):
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ConfigurationError, match=f"temperature {temperature}"):
         random_policy()(token_batch(), temperature=temperature)
+
+
+def test_what_all_prompts_begin_with_is_forwarded_once():
+    batch = token_batch(common=2)
+    policy = random_policy()
+    seen = []
+    policy.model.model.embed_tokens.register_forward_hook(lambda *args: seen.append(args[1][0]))
+    policy(batch, temperature=1.0)
+    not_last = sum(RESPONSE_LENGTHS) - len(RESPONSE_LENGTHS)
+    assert [ids.shape for ids in seen] == [(1, 2 + sum(PROMPT_LENGTHS) - 3 * 2 + not_last)]
 
 
 def test_a_prompt_is_forwarded_once_and_padding_never():

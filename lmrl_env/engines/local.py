@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lmrl_env.attention import PACKED_ATTENTION
 from lmrl_env.engines.kv_cache import BudgetCache
+from lmrl_env.engines.prefill import prefill
 from lmrl_env.engines.sampler import draw_tokens, row_uniforms
 from lmrl_env.engines.shared_prompts import SharedPromptCache
 from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError, WeightSyncError
@@ -20,9 +20,6 @@ from lmrl_env.types import Completion, Sampling
 
 CACHE_BYTES = 4 * 2**30
 """Most memory that the keys and values of one batch may take, unless one row takes more."""
-
-PREFILL_TOKENS = 2**14
-"""Most prompt tokens, padding included, that are forwarded at once, unless one prompt has more."""
 
 
 class LocalEngine:
@@ -213,10 +210,12 @@ class LocalEngine:
         stopped = np.zeros(len(prompts), dtype=np.bool_)
         rows = np.arange(len(prompts))  # those still in the batch
 
-        logits, cache, mask, positions = self._prefill(prompts, budget)
+        logits, cache, mask, positions = prefill(self._model, prompts, budget)
         for t in range(budget):
             drawn, drawn_logprobs = draw_tokens(
-                logits, torch.from_numpy(uniforms[rows, t]).to(device), sampling
+                logits[:, : self._tokenizer.vocab_size],
+                torch.from_numpy(uniforms[rows, t]).to(device),
+                sampling,
             )
             # One transfer from the device: a token's id is exact in float64.
             both = torch.stack([drawn.double(), drawn_logprobs.double()]).cpu().numpy()
@@ -263,7 +262,7 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
             **layout,
-        ).logits[:, -1, : self._tokenizer.vocab_size]
+        ).logits[:, -1]
         if isinstance(cache, SharedPromptCache) and cache.attended < len(cache.layers):
             raise EngineError(
                 f"{type(self._model).__name__} attended to the prompts in {cache.attended} of "
@@ -271,48 +270,6 @@ class LocalEngine:
                 "model.set_attn_implementation('sdpa')"
             )
         return logits
-
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], budget: int
-    ) -> tuple[Tensor, BudgetCache, Tensor | None, Tensor]:
-        """Forward each different prompt once.
-
-        Returns:
-            Logits of the first token, (r, V); the cache, with room for the budget; which cached
-            places are tokens, (r, P + K), or None if all are; position of the first token, (r,).
-        """
-        device = self._model.device
-        unique = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        index = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in unique])
-        width = int(lengths.max())
-        ids = np.zeros((len(unique), width), dtype=np.int64)
-        for prompt, i in unique.items():
-            ids[i, width - len(prompt) :] = prompt
-        column = torch.arange(width + budget) - (width - lengths[:, None])
-        is_token = column >= 0 if bool((lengths < width).any()) else None
-
-        logits, caches = [], []
-        at_once = max(1, PREFILL_TOKENS // width)
-        for part in torch.arange(len(unique)).split(at_once):
-            caches.append(DynamicCache())
-            output = self._model(
-                input_ids=torch.from_numpy(ids)[part].to(device),
-                attention_mask=None if is_token is None else is_token[part, :width].to(device),
-                position_ids=column[part, :width].clamp(min=0).to(device),
-                past_key_values=caches[-1],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits.append(output.logits[:, -1, : self._tokenizer.vocab_size])
-        if is_token is not None:
-            is_token = is_token.to(device)
-        first, positions = torch.cat(logits)[index], lengths.to(device)[index]
-        if self._model.config.get_text_config()._attn_implementation == PACKED_ATTENTION:
-            real = None if is_token is None else is_token[:, :width]
-            return first, SharedPromptCache(caches, index, budget, real), None, positions
-        mask = None if is_token is None else is_token[index]
-        return first, BudgetCache(caches, index, budget), mask, positions
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Attention of one new token a row to prompts that stand once for all their rows."""
+"""Attention of one new token a row to prompts that stand once for all their rows.
+
+What all prompts begin with, such as the template's instructions, stands once for all prompts.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,49 @@ class SharedPromptCache(BudgetCache):
     """Keys and values of a batch that only shrinks, a prompt's once for all its rows.
 
     It is the ``layout`` of ``packed_attention`` too. Rows stand in a grid, one line a prompt, so
-    that a line's queries meet their prompt in one matrix product.
+    that a line's queries meet their prompt in one matrix product; and all of them in one line,
+    to meet what is common to the prompts.
 
     Args:
         prefilled: caches of different prompts, all of the same width P.
         index: shape (r,), int64: the prompt, counted over all caches, that each row continues.
         budget: tokens to make room for.
         is_token: shape (prompts, P), bool: which places of the prompts are tokens; None if all.
+        common: tokens that all prompts begin with, in the first places.
 
     Attributes:
         attended: how many layers have attended to this cache so far.
     """
 
     def __init__(
-        self, prefilled: Sequence[Cache], index: Tensor, budget: int, is_token: Tensor | None
+        self,
+        prefilled: Sequence[Cache],
+        index: Tensor,
+        budget: int,
+        is_token: Tensor | None,
+        common: int = 0,
     ):
         super().__init__(prefilled, index, budget, with_prompts=False)
-        layers = zip(*(cache.layers for cache in prefilled), strict=True)
+        layers = list(zip(*(cache.layers for cache in prefilled), strict=True))
         self.attended = 0
-        self._prompts = [
+        self._common = common
+        self._beginning = [
             (
-                torch.cat([part.keys for part in parts]).transpose(2, 3).contiguous(),
-                torch.cat([part.values for part in parts]),
+                parts[0].keys[:1, :, :common].transpose(2, 3).contiguous(),
+                parts[0].values[:1, :, :common].contiguous(),
             )
             for parts in layers
         ]
-        self._padding = None if is_token is None else ~is_token[:, None, None]
+        self._prompts = [
+            (
+                torch.cat([part.keys[:, :, common:] for part in parts])
+                .transpose(2, 3)
+                .contiguous(),
+                torch.cat([part.values[:, :, common:] for part in parts]),
+            )
+            for parts in layers
+        ]
+        self._padding = None if is_token is None else ~is_token[:, None, None, common:]
         self._index = index
         self._arrange()
 
@@ -94,24 +114,41 @@ class SharedPromptCache(BudgetCache):
             Shape (r, 1, heads, d).
         """
         self.attended += 1
-        prompt_keys, prompt_values = self._prompts[int(module.layer_idx)]  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        (first_keys, first_values), (own_keys, own_values) = (
+            self._beginning[layer], self._prompts[layer]
+        )  # fmt: skip
         r, heads, _, d = query.shape
-        width = prompt_keys.shape[3]
         query = query.reshape(r, key.shape[1], -1, d) * (d**-0.5 if scaling is None else scaling)
-        prompt_scores = self._to_grid(query) @ prompt_keys
+        own_scores = self._to_grid(query) @ own_keys
         if self._padding is not None:
-            prompt_scores.masked_fill_(self._padding, -torch.inf)
-        scores = torch.cat([self._to_rows(prompt_scores), query @ key.transpose(2, 3)], dim=-1)
-        weights = scores.softmax(-1).to(value.dtype)
-        of_prompts = self._to_rows(self._to_grid(weights[..., :width]) @ prompt_values)
-        return (of_prompts + weights[..., width:] @ value).reshape(r, 1, heads, d)
+            own_scores.masked_fill_(self._padding, -torch.inf)
+        scores = [self._to_rows(own_scores), query @ key.transpose(2, 3)]
+        if self._common:
+            scores.insert(0, _rows_of(_lines(query, 1) @ first_keys, r))
+        weights = torch.cat(scores, dim=-1).softmax(-1).to(value.dtype)
+        own, since = self._common, self._common + own_keys.shape[3]
+        output = weights[..., since:] @ value
+        output += self._to_rows(self._to_grid(weights[..., own:since]) @ own_values)
+        if self._common:
+            output += _rows_of(_lines(weights[..., :own], 1) @ first_values, r)
+        return output.reshape(r, 1, heads, d)
 
     def _to_grid(self, rows: Tensor) -> Tensor:
         """Lay (r, h, q, x) out as (lines, h, cells of a line · q, x)."""
-        cells = rows if self._is_grid else rows[self._row]
-        return cells.unflatten(0, self._shape).transpose(1, 2).flatten(2, 3)
+        return _lines(rows if self._is_grid else rows[self._row], self._shape[0])
 
     def _to_rows(self, grid: Tensor) -> Tensor:
         """Return the rows of a grid."""
-        cells = grid.unflatten(2, (self._shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        cells = _rows_of(grid, self._shape[1])
         return cells if self._is_grid else cells[self._cell]
+
+
+def _lines(cells: Tensor, lines: int) -> Tensor:
+    """Lay (lines · n, h, q, x) out as (lines, h, n · q, x)."""
+    return cells.unflatten(0, (lines, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _rows_of(lines: Tensor, n: int) -> Tensor:
+    """Lay (lines, h, n · q, x) out as (lines · n, h, q, x)."""
+    return lines.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_models import EOS, VOCAB_SIZE, letter_tokenizer, random_model
 
-import lmrl_env.engines.local
+import lmrl_env.engines.prefill
 from lmrl_env.attention import use_packed_attention
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.errors import (
@@ -121,7 +121,7 @@ def test_batches_of_few_rows_give_the_same_responses(monkeypatch):
     expected = token_lists(generate(engine_of(tokenizer=letter_tokenizer()), sampling))
     few = engine_of(tokenizer=letter_tokenizer(), batch_size=5)
     assert token_lists(generate(few, sampling)) == expected
-    monkeypatch.setattr(lmrl_env.engines.local, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(lmrl_env.engines.prefill, "TOKENS_AT_ONCE", 1)
     assert token_lists(generate(few, sampling)) == expected
     # Two layers, keys and values of 2 heads × 8 float32, 25 places: 6400 bytes a row.
     monkeypatch.setattr(lmrl_env.engines.local, "CACHE_BYTES", 3 * 6400)

@@ -15,18 +15,34 @@ from lmrl_env.errors import EngineError
 from lmrl_env.types import Sampling
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [0, 0, 1]]
+BEGINNING = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2]
+WAYS = {
+    "ragged": PROMPTS,
+    "even": [[1, 2, 3], [4, 5, 6]],
+    "common beginning": [BEGINNING + prompt for prompt in PROMPTS],
+    "common beginning, even": [[*BEGINNING, 1], [*BEGINNING, 2]],
+    "one begins the other": [[*BEGINNING, 1], BEGINNING, [*BEGINNING, 1, 2]],
+}
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5, 6]]], ids=["ragged", "even"])
+@pytest.mark.parametrize("prompts", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2"])
-def test_samples_are_those_of_transformers_own_attention(architecture, prompts):
+def test_samples_are_those_of_each_prompt_alone_by_transformers_own_attention(
+    architecture, prompts
+):
     model = random_model(architecture, torch.float32)
     engine = LocalEngine(model, letter_tokenizer())
-    arguments = prompts, Sampling(40, 0.8), 6, range(6 * len(prompts))
+    sampling = Sampling(40, 0.8)
     model.set_attn_implementation("sdpa")
-    expected = engine.generate(*arguments)
+    expected = [
+        completion
+        for i, prompt in enumerate(prompts)
+        for completion in engine.generate([prompt], sampling, 6, range(6 * i, 6 * i + 6))
+    ]
+    together = engine.generate(prompts, sampling, 6, range(6 * len(prompts)))
+    assert [x.token_ids.tolist() for x in together] == [x.token_ids.tolist() for x in expected]
     use_packed_attention(model)
-    completions = engine.generate(*arguments)
+    completions = engine.generate(prompts, sampling, 6, range(6 * len(prompts)))
     assert len({len(completion.token_ids) for completion in completions}) > 4
     for completion, other in zip(completions, expected, strict=True):
         assert completion.token_ids.tolist() == other.token_ids.tolist()
@@ -79,12 +95,16 @@ def test_attention_is_that_to_prompts_copied_for_every_row_whichever_rows_end(da
     index = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
     lengths = torch.tensor([1, width, 2])
     is_token = torch.arange(width) >= width - lengths[:, None]
+    common = data.draw(st.integers(0, 2))
+    is_token = torch.cat([torch.ones(3, common) > 0, is_token], dim=1)
+    width += common
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     keys, values = torch.randn(2, 3, heads, width, d, generator=generator, dtype=torch.float64)
+    keys[:, :, :common], values[:, :, :common] = keys[:1, :, :common], values[:1, :, :common]
     prefilled = DynamicCache()
     prefilled.update(keys, values, 0)
     rows = torch.tensor(index)
-    cache = SharedPromptCache([prefilled], rows, 4, is_token)
+    cache = SharedPromptCache([prefilled], rows, 4, is_token, common)
     row_keys, row_values = keys[rows], values[rows]
     layer = torch.nn.Module()
     layer.layer_idx = 0
