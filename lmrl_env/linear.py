@@ -61,13 +61,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _pays(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         input.numel() * len(weight) >= FEWEST_PRODUCTS
-        and all(_is_plain(x) for x in (input, weight, bias) if x is not None)
+        and all(is_plain(x) for x in (input, weight, bias) if x is not None)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Return whether a tensor is dense float32 on the CPU and none that is shared among ranks."""
     return (
         x.dtype == torch.float32

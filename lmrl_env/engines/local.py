@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmrl_env.engines.decoder import Decoder
 from lmrl_env.engines.kv_cache import BudgetCache
 from lmrl_env.engines.prefill import prefill
 from lmrl_env.engines.sampler import draw_tokens, row_uniforms
@@ -211,6 +212,7 @@ class LocalEngine:
         rows = np.arange(len(prompts))  # those still in the batch
 
         logits, cache, mask, positions = prefill(self._model, prompts, budget)
+        decoder = Decoder(self._model) if Decoder.fits(self._model) else None
         for t in range(budget):
             drawn, drawn_logprobs = draw_tokens(
                 logits[:, : self._tokenizer.vocab_size],
@@ -232,7 +234,10 @@ class LocalEngine:
                 mask = None if mask is None else mask[kept]
             if not len(rows) or t + 1 == budget:
                 break
-            logits = self._decode(drawn, positions + t, cache, mask)
+            if decoder is not None and isinstance(cache, SharedPromptCache):
+                logits = decoder.step(drawn, positions + t, cache)
+            else:
+                logits = self._decode(drawn, positions + t, cache, mask)
 
         if not np.isfinite(logprobs).all():
             raise EngineError(

@@ -113,8 +113,13 @@ class SharedPromptCache(BudgetCache):
         Returns:
             Shape (r, 1, heads, d).
         """
+        return self.attend_in_layer(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+
+    def attend_in_layer(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Return what ``attend`` does in the layer of an index."""
         self.attended += 1
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
         (first_keys, first_values), (own_keys, own_values) = (
             self._beginning[layer], self._prompts[layer]
         )  # fmt: skip
