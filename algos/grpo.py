@@ -230,6 +230,7 @@ def main(args: Args) -> None:
         lr=args.lr,
         betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
+        fused=True,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     run.restore(policy, optimizer)

@@ -273,6 +273,7 @@ def main(args: Args) -> None:
         lr=args.lr,
         betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
+        fused=True,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     run.restore(policy, optimizer)
@@ -285,6 +286,7 @@ def main(args: Args) -> None:
         lr=args.critic_lr,
         betas=(0.9, args.adam_beta2),
         weight_decay=args.weight_decay,
+        fused=True,
     )
     critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
     run.add("critic", critic, critic_optimizer)

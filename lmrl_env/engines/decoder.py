@@ -30,6 +30,9 @@ KNOWN = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 MOST_BYTES = 2**29
 """Weights of which a copy is made for a batch: a step of larger models is no small operation."""
 
+FEWEST_TOKENS = 2**8
+"""Of a batch, below which a copy of the weights costs more than it saves."""
+
 
 class _Layer(NamedTuple):
     """A linear layer, or several of the same input as one, in oneDNN's order."""
@@ -55,7 +58,7 @@ class Decoder:
     """The logits of one more token a row, by the weights that a model has when it is made.
 
     Args:
-        model: that ``fits``.
+        model: for which it ``pays``.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -73,11 +76,16 @@ class Decoder:
         self._head = _in_onednn_order(model.get_output_embeddings())
 
     @staticmethod
-    def fits(model: PreTrainedModel) -> bool:
-        """Return whether a model computes what this class does, as those of ``load_model`` may."""
+    def pays(model: PreTrainedModel, tokens: int) -> bool:
+        """Return whether to make one for a batch of so many tokens.
+
+        That is, whether the model computes what this class does, as those of ``load_model`` may,
+        and sooner.
+        """
         weights = list(model.parameters())
         return (
             type(model) in KNOWN
+            and tokens >= FEWEST_TOKENS
             and model.config._attn_implementation == PACKED_ATTENTION
             and model.config.hidden_act == "silu"
             and sum(weight.nbytes for weight in weights) <= MOST_BYTES

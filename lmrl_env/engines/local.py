@@ -212,7 +212,9 @@ class LocalEngine:
         rows = np.arange(len(prompts))  # those still in the batch
 
         logits, cache, mask, positions = prefill(self._model, prompts, budget)
-        decoder = Decoder(self._model) if Decoder.fits(self._model) else None
+        decoder = None
+        if Decoder.pays(self._model, len(prompts) * budget):
+            decoder = Decoder(self._model)
         for t in range(budget):
             drawn, drawn_logprobs = draw_tokens(
                 logits[:, : self._tokenizer.vocab_size],
