@@ -188,12 +188,12 @@ SECTIONS = (
 Both train the same model on the same questions with the same number of sampled tokens, by their
 own loops; the first batch's loss and gradient agree to 3e-6. The causes, in the order of their
 size: a question's prompt is forwarded once for its eight responses, when sampling and when
-training, and not eight times; no padding is computed; linear layers multiply by oneDNN, which
-reaches 2.3 times the rate of PyTorch's own float32 products on an AMD processor with AVX-512; the
-sampler attends to a prompt's keys and values where they stand; logits exist for response tokens
+training, and not eight times, and the template's instructions once for all questions; no padding
+is computed; linear layers multiply by oneDNN, which reaches 2.3 times the rate of PyTorch's own
+float32 products on an AMD processor with AVX-512; the sampler attends to a prompt's keys and values
+where they stand, in decoding steps of a third of the operations; logits exist for response tokens
 only, and in pieces. With prompts of 14 tokens nothing can be shared, and the ratio shows what is
-left of it: the products, and the many small operations of 32 decoding steps, for which both sides
-call the same layers of Transformers.
+left of it: the products and the decoding step.
 """),
     ("Forward and backward", "bench_train_step", "train_step", """
 One micro-batch of the default job's shape over the width of the model, as a share of the rate of
@@ -206,8 +206,9 @@ of one thread; its first step took 161 s on a busy machine), so that there is no
     ("Sampling", "bench_local_engine", "local_engine", """
 The default job's batch: 16 questions × 8 responses of at most 96 tokens. `generate` forwards every
 prompt once a response and goes on computing rows that have ended; its continuous batching
-schedules every token in Python; vLLM is made for GPUs. The local engine forwards a prompt once,
-drops rows as they end, and reads a prompt's keys and values once for all its rows.
+schedules every token in Python; vLLM is made for GPUs. The local engine forwards a prompt once and
+the template's instructions once for all prompts, drops rows as they end, and reads a prompt's keys
+and values once for all its rows.
 """),
     ("Cost over size", "bench_scaling", "scaling", """
 Sampling over response length, group size and questions, with the line fitted to it, and whole
