@@ -157,3 +157,12 @@ def test_a_loaded_model_in_float64_is_left_to_pytorch(products):
     model = load_model("tiny").double()
     assert model(input_ids=torch.ones(2, 20, dtype=torch.int64)).logits.dtype == torch.float64
     assert not products
+
+
+def test_subclasses_such_as_quantised_layers_stay_as_they_are():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4))
+    use_onednn(model)
+    assert [type(layer) for layer in model] == [Own, OneDNNLinear]
