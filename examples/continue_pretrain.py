@@ -284,7 +284,6 @@ def run(settings: Settings) -> None:
     sequences = pack(
         tokenizer(documents)["input_ids"], eos, settings.sequence_length, settings.seed
     )
-    torch.manual_seed(settings.seed)
     accelerator = distributed.make_accelerator("auto", settings.dtype, None, str(settings.out))
     model = load_model(settings.model, attention="sdpa")
     optimizer = torch.optim.AdamW(
