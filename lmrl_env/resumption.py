@@ -49,7 +49,7 @@ class Resumption:
         settings: with the run's own id.
 
     Raises:
-        ConfigurationError: for settings of another run.
+        ConfigurationError: for settings of another run, or fewer steps than it has taken.
         RunFolderError: if another process is in the folder, or all its checkpoints are damaged.
     """
 
@@ -75,6 +75,12 @@ class Resumption:
         self.checkpoint: Path | None = folder.checkpoints.folder(self.step) if code else None
         if self.checkpoint is not None:
             refuse_another_run(changed, self.checkpoint)
+            if settings["steps"] < self.step:
+                raise ConfigurationError(
+                    f"--steps {settings['steps']}: the run in {str(folder.path)!r} has taken "
+                    f"{self.step} already; expected as many or more, such as --steps "
+                    f"{2 * self.step}"
+                )
 
     def begin(self, config: dict[str, Any]) -> list[str]:
         """Write ``config.json``, drop the rows that will be written again, and tell what changed.

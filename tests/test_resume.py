@@ -216,6 +216,14 @@ def test_the_settings_of_another_run_are_refused(finished, tmp_path, setting):
     assert (folder / "config.json").read_text() == before
 
 
+def test_fewer_steps_than_were_taken_are_refused(finished, tmp_path):
+    folder = copy(finished, tmp_path)
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ConfigurationError, match=r"--steps 3: the run in .* has taken 4 already"):
+        train(folder, steps=3)
+    assert (folder / "config.json").read_text() == before
+
+
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_by_name(finished, tmp_path):
     folder = copy(finished, tmp_path)
     back_to(folder, 3)
