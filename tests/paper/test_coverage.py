@@ -6,17 +6,20 @@ from paper.scripts import dry_run, load, parse
 coverage = load("paper/coverage")
 
 
-def write_run(folder, accuracies):
+def write_run(folder, accuracies, rewards=(0.0,)):
+    """Write a run with an accuracy every 20 steps and a reward every step."""
     folder.mkdir()
-    rows = ({"step": 20 * i, "eval/accuracy": value} for i, value in enumerate(accuracies))
+    rows = [{"step": 20 * i, "eval/accuracy": value} for i, value in enumerate(accuracies)]
+    rows += [{"step": i, "reward/mean": value} for i, value in enumerate(rewards, start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def test_accuracy_is_the_mean_over_seeds_at_start_and_end(tmp_path):
+def test_accuracy_and_reward_are_means_over_seeds_at_start_and_end(tmp_path):
+    rewards = [0.1] * 5 + [0.5] * 3 + [0.8] * 5
     folders = {
-        ("R1", "all", 1): write_run(tmp_path / "1", [0.1, 0.2, 0.5]),
-        ("R1", "all", 2): write_run(tmp_path / "2", [0.1, 0.4, 0.7]),
+        ("R1", "all", 1): write_run(tmp_path / "1", [0.1, 0.2, 0.59], rewards),
+        ("R1", "all", 2): write_run(tmp_path / "2", [0.1, 0.4, 0.61], [0.2, *rewards[1:]]),
         ("R1", "few", 1): write_run(tmp_path / "3", [0.1, 0.2, 0.3]),
         ("R1", "few", 2): write_run(tmp_path / "4", [0.1, 0.2, 0.3]),
     }
@@ -25,8 +28,24 @@ def test_accuracy_is_the_mean_over_seeds_at_start_and_end(tmp_path):
     assert table["R1"]["all"]["start"].mean == pytest.approx(0.1)
     end = table["R1"]["all"]["end"]
     assert end.mean == pytest.approx(0.6)
-    assert end.high - end.mean == pytest.approx(12.706 * 0.1, rel=1e-4)  # t(0.975, 1) · s/√2
+    assert end.high - end.mean == pytest.approx(12.706 * 0.01, rel=1e-4)  # t(0.975, 1) · s/√2
     assert coverage.spread(table, "R1") == pytest.approx(0.3)
+    assert table["R1"]["all"]["rewards"] == pytest.approx([0.11, 0.8])
+
+
+def test_an_interval_of_a_share_lies_within_0_and_1():
+    assert coverage.share([0.1, 0.9]) == (0.5, 0, 1)
+
+
+def test_a_set_that_pays_next_to_nothing_is_named(tmp_path):
+    folders = {
+        ("R1", "all", 1): write_run(tmp_path / "1", [0.1, 0.7], [0.3]),
+        ("R1", "far", 1): write_run(tmp_path / "2", [0.1, 0.1], [0.01]),
+    }
+    _, verdict, reason = coverage.conclude(coverage.measure(folders))
+    assert verdict == "does not hold"
+    assert "On far the reward of the first 5 steps is 1.0% at most" in reason
+    assert "The other sets all end at 70.0% or more" in reason
 
 
 def test_sums_are_questions_of_their_own_wording():
