@@ -63,7 +63,9 @@ TINY_RUN: Mapping[str, Any] = {
     "checkpoint_every": 0, "max_new_tokens": 96,
 }  # fmt: skip
 ALGORITHMS = {"dr_grpo": "C0", "grpo": "C3"}
-STYLES = ("C7", "C1", "C2")
+NO_TEMPLATE = "dr_grpo, no template"
+"""The tiny runs that tell a forgotten template from a lost ability."""
+STYLES = ("C7", "C1", "C2", "C4")
 
 
 def write_text(folder: Path, kind: str, seed: int) -> Path:
@@ -124,14 +126,19 @@ def jobs(options: Options, models: Mapping[str, Sequence[str]]) -> dict[tuple[st
         flags |= {**PAPER_RECIPE, "steps": 700, "questions": "math-12k", "eval_set": "math500"}
     if options.questions:
         flags["questions"] = options.questions
+    kinds = {program: (program, flags) for program in ALGORITHMS}
+    if options.is_tiny:
+        kinds[NO_TEMPLATE] = ("dr_grpo", {**flags, "env": "MathPlain-v0"})
     return {
-        (name, program, seed): Job(
-            f"domain-{options.scale}-{name.replace('+ ', '')}-{program}-{seed}",
+        (name, kind, seed): Job(
+            f"domain-{options.scale}-{name}-{kind}-{seed}".replace("+ ", "")
+            .replace(", ", "-")
+            .replace(" ", "-"),
             algorithm(program),
-            {**flags, "model": model, "seed": seed},
+            {**own, "model": model, "seed": seed},
         )
         for name, seeds in models.items()
-        for program in ALGORITHMS
+        for kind, (program, own) in kinds.items()
         for seed, model in enumerate(seeds, start=1)
     }
 
@@ -184,6 +191,23 @@ def conclude(table: Mapping[str, Mapping[str, Any]]) -> tuple[str, Holds, str]:
     return measured, holds(checks), reason
 
 
+def forgotten(table: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how the tiny runs without a template went, beside the starts with one."""
+    starts = ", ".join(
+        f"{name} {of['dr_grpo']['accuracy_start'].mean:.1%}" for name, of in table.items()
+    )
+    without = {name: of[NO_TEMPLATE] for name, of in table.items()}
+    ways = ", ".join(
+        f"{name} from {row['accuracy_start'].mean:.1%} to {row['accuracy_end'].mean:.1%}"
+        for name, row in without.items()
+    )
+    return (
+        f" A test of why: the starts under R1 ({starts}) say what the further text, which lacks "
+        "that template, made the base forget; where nothing is right at first, nothing is "
+        f"reinforced. Asked without a template, Dr. GRPO takes {ways}."
+    )
+
+
 CONSTRUCTED = (
     " By construction: what the plain base and the two texts contain (solutions in templates; sums "
     "alone; bare questions with solutions, 60% of them careful). Measured: what RL under the R1 "
@@ -194,14 +218,16 @@ CONSTRUCTED = (
 
 def draw_table(table: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw accuracy by base model, and length on the last of them by algorithm."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for color, (name, of) in zip(STYLES, table.items(), strict=True):
-        row = of["dr_grpo"]
-        draw(left, np.array(row["steps"]), np.array(row["accuracy"]), name, color)
-    left.set(xlabel="training step", ylabel="accuracy on held-out questions", ylim=(0, None))
-    left.set_title("Dr. GRPO from each base")
-    left.legend(title="base model")
+    kinds = [kind for kind in ("dr_grpo", NO_TEMPLATE) if kind in next(iter(table.values()))]
+    figure = Figure(figsize=(5 * len(kinds) + 5, 4), layout="constrained")
+    *left, right = figure.subplots(1, len(kinds) + 1)
+    for axes, kind in zip(left, kinds, strict=True):
+        for color, (name, of) in zip(STYLES, table.items(), strict=False):
+            row = of[kind]
+            draw(axes, np.array(row["steps"]), np.array(row["accuracy"]), name, color)
+        axes.set(xlabel="training step", ylabel="accuracy on held-out questions", ylim=(0, None))
+        axes.set_title(f"{kind} from each base")
+        axes.legend(title="base model")
     name = list(table)[-1]
     for program, color in ALGORITHMS.items():
         row = table[name][program]
@@ -222,7 +248,7 @@ def main(options: Options) -> None:
     table = measure({key: folders[job.name] for key, job in runs.items()})
     measured, outcome, reason = conclude(table)
     if options.is_tiny:
-        reason += CONSTRUCTED
+        reason += forgotten(table) + CONSTRUCTED
     lines = ["| base | algorithm | accuracy, start | end | gain | length, start | end |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [

@@ -39,12 +39,22 @@ def test_the_verdict_follows_the_figures():
     assert domain.conclude(bases(0.6, 0.4, 0.2, longer=20.0))[1] == "does not hold"
 
 
+def test_runs_without_a_template_are_told_beside_the_starts_with_one():
+    table = bases(0.2, 0.4, 0.6)
+    for of in table.values():
+        of[domain.NO_TEMPLATE] = row(0.3, 0.7)
+    text = domain.forgotten(table)
+    assert "(plain 10.0%, + sums 10.0%, + QA 10.0%)" in text
+    assert "takes plain from 30.0% to 70.0%, + sums from 30.0% to 70.0%" in text
+
+
 @pytest.mark.parametrize("scale", ["tiny", "paper"])
 def test_the_commands_of_a_dry_run_parse(scale, tmp_path, monkeypatch):
     commands = dry_run(domain, "--scale", scale, "--runs-dir", str(tmp_path), "--seeds", "1")
     settings = [parse(command, monkeypatch) for command in commands]
     runs = [s for s in settings if "env" in s]
-    assert len(runs) == 6
+    assert len(runs) == (9 if scale == "tiny" else 6)
+    assert sum(s["env"] == "MathPlain-v0" for s in runs) == (3 if scale == "tiny" else 0)
     (text, *_) = [s for s in settings if "text" in s]
     if scale == "paper":
         assert (text["epochs"], text["lr"], text["columns"]) == (2, 1e-5, "problem,solution")
