@@ -149,7 +149,7 @@ def claims_table(claims: Sequence[Claim], page: str = "") -> str:
         f"| **{claim.holds}** | {claim.duration} |"
         for claim in claims
     ]
-    head = ["| in the paper | claim | here | time |", "|---|---|---|---|"]
+    head = ["| source | claim | here | time |", "|---|---|---|---|"]
     total = sum(claim.core_minutes for claim in claims) / 2
     return "\n".join([*head, *rows, "", f"Together {total:.0f} minutes on two cores."])
 

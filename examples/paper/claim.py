@@ -27,9 +27,13 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from scipy import stats
 
 from lmrl_env.provenance import provenance
+
+try:
+    from scipy import stats
+except ModuleNotFoundError:
+    sys.exit("the scripts of examples/paper need SciPy: pip install -e '.[paper]'")
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
