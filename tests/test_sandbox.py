@@ -45,13 +45,14 @@ def test_its_input_is_empty_by_default():
         ("import sys; sys.exit(3)", 3, ""),
         ("import os; os._exit(4)", 4, ""),
         ("def f(): f()\nf()", 1, "RecursionError: maximum recursion depth exceeded"),
-        ("'\0'", 1, "SyntaxError: source code string cannot contain null bytes"),
+        # a ValueError before Python 3.11.4
+        ("'\0'", 1, "Error: source code string cannot contain null bytes"),
     ],
 )
 def test_a_failure_is_an_error_with_its_exit_status(source, returncode, error):
     result = run_python(source)
     assert (result.status, result.returncode) == ("error", returncode)
-    assert (last_line(result) if error else result.stderr) == error
+    assert last_line(result).endswith(error) if error else result.stderr == ""
 
 
 def test_a_traceback_shows_the_program_and_nothing_of_the_sandbox():
