@@ -250,7 +250,7 @@ def test_a_killed_server_costs_no_response_and_comes_back_with_the_right_weights
     killed = threading.Event()
 
     def kill_when_asked():
-        while second.outstanding < 24:
+        while second.outstanding < 12:  # of about 24: the first may have ended already
             time.sleep(0.001)
         servers[1].kill()
         killed.set()
