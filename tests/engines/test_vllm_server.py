@@ -255,7 +255,7 @@ def test_a_killed_server_costs_no_response_and_comes_back_with_the_right_weights
         servers[1].kill()
         killed.set()
 
-    threading.Thread(target=kill_when_asked).start()
+    threading.Thread(target=kill_when_asked, daemon=True).start()
     completions = engine.generate(prompts, sampling, 24, seeds)
     assert killed.is_set() and second.problem is not None
     assert token_lists(completions) == token_lists(expected)
