@@ -191,7 +191,7 @@ size: a question's prompt is forwarded once for its eight responses, when sampli
 training, and not eight times, and the template's instructions once for all questions; no padding
 is computed; linear layers multiply by oneDNN, which reaches 2.3 times the rate of PyTorch's own
 float32 products on an AMD processor with AVX-512; the sampler attends to a prompt's keys and values
-where they stand, in decoding steps of a third of the operations; logits exist for response tokens
+where they stand, in decoding steps of fewer operations; logits exist for response tokens
 only, and in pieces. With prompts of 14 tokens nothing can be shared, and the ratio shows what is
 left of it: the products and the decoding step.
 """),

@@ -1,8 +1,9 @@
-"""One decoding step of models of Llama's kind on the CPU, in a third of the operations.
+"""One decoding step of models of Llama's kind on the CPU, of fewer operations.
 
 A step of few rows and a small model is made of small operations, whose cost is that of calling
 them. Here queries, keys and values are one product, and products add the residual, gate and
-multiply by themselves (oneDNN), with weights in the order in which oneDNN reads them.
+multiply by themselves (oneDNN), with weights in the order in which oneDNN reads them: 250
+operations instead of 323 for four layers, and 0.72 to 0.85 of the time at 64 to 256 rows.
 """
 
 from __future__ import annotations
