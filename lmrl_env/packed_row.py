@@ -13,18 +13,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lmrl_env.attention import attend_by_sdpa
-from lmrl_env.prefix_attention import Part, PrefixPlan, prefix_attention
+from lmrl_env.errors import ModelError
+from lmrl_env.prefix_attention import PrefixPlan, prefix_attention
 
-ROWS_AT_ONCE = 16
-"""Responses that attend together: sorted by length, few of them waste little on padding."""
+ROWS_AT_ONCE = 64
+"""Rows that attend together, at most."""
+
+LEAST_FULL = 7 / 8
+"""Length of a row beside the longest of those that it attends together with, at least."""
 
 FEWEST_COMMON = 16
 """Tokens of a common beginning below which to treat it apart costs more than it saves."""
@@ -38,12 +43,10 @@ class _Rows(NamedTuple):
     Attributes:
         tokens: shape (r, k), int64: places of the tokens in the packed row; 0 at padding.
         real: shape (r, k), bool: which cells hold a token.
-        prompts: shape (r,), int64: the prompt that each row continues; none for the prompts.
     """
 
     tokens: Integers
     real: npt.NDArray[np.bool_]
-    prompts: Integers
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
@@ -85,6 +88,7 @@ class PackedLayout:
         own_lengths = prompt_lengths - common
         order = prompt_index.argsort(kind="stable")
         bounds = np.concatenate([[0, common], own_lengths, response_lengths[order]]).cumsum()
+        self._row_starts, self._row_lengths = bounds[:-1], np.diff(bounds)
         starts, q = bounds[1:-1], len(prompt_lengths)
         self.prompt_ends = bounds[2 : q + 2] - 1
         self.response_starts = np.empty_like(response_lengths)
@@ -100,41 +104,32 @@ class PackedLayout:
         np.add.at(of_prompt, prompt_index, response_lengths)
         bounds = np.concatenate([[common], own_lengths, of_prompt]).cumsum().tolist()
         slices = [slice(a, b) for a, b in pairwise(bounds)]
-        self._groups = list(zip(slices[:q], slices[q:], strict=True))
+        self._continued = list(zip(slices[q:], slices[:q], strict=True))
 
-        self._prompts = _rows(starts[:q] - common, prompt_lengths, prompt_index[:0])
+        self._prompts = _rows(starts[:q] - common, prompt_lengths)
         self._prompts.tokens[:, :common] = np.arange(common)
-        longest_first = (-response_lengths).argsort(kind="stable")
         self._responses = [
-            _rows(self.response_starts[rows], response_lengths[rows], prompt_index[rows])
-            for rows in np.split(
-                longest_first, range(ROWS_AT_ONCE, len(longest_first), ROWS_AT_ONCE)
-            )
-            if response_lengths[rows].any()
+            (_rows(self.response_starts[rows], response_lengths[rows]), prompt_index[rows])
+            for rows in _alike(response_lengths)
         ]
 
     @cached_property
     def _plan(self) -> PrefixPlan:
         """What attends to what, by the normalisers."""
-        nothing = np.zeros(0, dtype=np.int64)
-        cells = np.concatenate([nothing, *(rows.tokens.ravel() for rows in self._responses)])
-        real = np.concatenate([nothing > 0, *(rows.real.ravel() for rows in self._responses)])
+        blocks = [
+            _rows(self._row_starts[rows], self._row_lengths[rows])
+            for rows in _alike(self._row_lengths)
+        ]
+        cells = np.concatenate([rows.tokens.ravel() for rows in blocks])
+        real = np.concatenate([rows.real.ravel() for rows in blocks])
         (taken,) = real.nonzero()
-        prompts_end = self._groups[-1][0].stop
-        end = prompts_end + len(taken)
-        common, others = slice(0, self._common), slice(self._common, end)
-        is_first = self._common == 0
-        parts = [Part(common, common, True, True), Part(others, common, False, True)]
-        for prompt, responses in self._groups:
-            parts.append(Part(prompt, prompt, True, is_first))
-            parts.append(Part(responses, prompt, False, is_first))
+        prefixes = [(slice(self._common, len(taken)), slice(0, self._common)), *self._continued]
         return PrefixPlan(
-            parts=[part for part in parts if all(x.start < x.stop for x in part[:2])],
-            responses=slice(prompts_end, end),
-            blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in self._responses],
+            blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in blocks],
             cells=to_device(cells, self.device),
             padding=to_device(~real, self.device),
             real=to_device(taken[cells[taken].argsort()], self.device),
+            prefixes=[pair for pair in prefixes if all(x.start < x.stop for x in pair)],
         )
 
     @cached_property
@@ -146,19 +141,19 @@ class PackedLayout:
         """
         blocks: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         places = []
-        for rows in (self._prompts, *self._responses):
+        for rows, continued in ((self._prompts, None), *self._responses):
             r, k = rows.tokens.shape
             computed = rows.real.copy()
-            if rows is self._prompts:
+            if continued is None:
                 computed[1:, : self._common] = False  # these tokens stand once
             (taken,) = computed.ravel().nonzero()
             places.append(rows.tokens.ravel()[taken])
             prompts = mask = None
-            if rows is not self._prompts:
-                prefix = np.repeat(self._prompts.real[rows.prompts][:, None], k, axis=1)
+            if continued is not None:
+                prefix = np.repeat(self._prompts.real[continued][:, None], k, axis=1)
                 causal = np.broadcast_to(np.tri(k, dtype=bool), (r, k, k))
                 mask = to_device(np.concatenate([prefix, causal], axis=-1)[:, None], self.device)
-                prompts = to_device(rows.prompts, self.device)
+                prompts = to_device(continued, self.device)
             tokens, real = (to_device(x, self.device) for x in (rows.tokens, taken))
             blocks.append((tokens, real, prompts, mask))
         return blocks, to_device(np.concatenate(places).argsort(), self.device)
@@ -184,6 +179,36 @@ class PackedLayout:
                 responses[rows, columns],
             ]
         )
+
+    def forward(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Any
+    ) -> Any:
+        """Return what a model, or its base model, returns of the packed row.
+
+        Args:
+            model: which attends by ``packed_attention``.
+            ids: shape (T,), int64.
+            positions: shape (T,), int64.
+            options: of the model's forward pass.
+
+        Raises:
+            ModelError: if the model does not hand the layout to its attention.
+        """
+        output = model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            # A mask of four dimensions keeps Transformers from building one of T × T.
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+            layout=self,
+            **options,
+        )
+        layers = model.config.get_text_config().num_hidden_layers
+        if self.attended != layers:
+            raise ModelError(
+                f"{type(model).__name__} attended by the packed layout in {self.attended} "
+                f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
+            )
+        return output
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
@@ -259,10 +284,27 @@ def cells(lengths: Integers) -> tuple[Integers, Integers]:
     return rows, np.arange(len(rows)) - starts[rows]
 
 
-def _rows(starts: Integers, lengths: Integers, prompts: Integers) -> _Rows:
+def _alike(lengths: Integers) -> list[Integers]:
+    """Return which rows attend together: those of like length, so that little is padding.
+
+    Rows without tokens are in none of them.
+    """
+    together: list[list[int]] = []
+    for row in (-lengths).argsort(kind="stable").tolist():
+        if not lengths[row]:
+            break
+        longest = lengths[together[-1][0]] if together else np.inf
+        if lengths[row] >= LEAST_FULL * longest and len(together[-1]) < ROWS_AT_ONCE:
+            together[-1].append(row)
+        else:
+            together.append([row])
+    return [np.array(rows) for rows in together]
+
+
+def _rows(starts: Integers, lengths: Integers) -> _Rows:
     columns = np.arange(lengths.max())
     real = columns < lengths[:, None]
-    return _Rows(np.where(real, starts[:, None] + columns, 0), real, prompts)
+    return _Rows(np.where(real, starts[:, None] + columns, 0), real)
 
 
 def _lay_out(packed: Tensor, places: Tensor) -> Tensor:

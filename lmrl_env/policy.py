@@ -217,22 +217,13 @@ def _packed(
     width, length = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
     column = torch.arange(max(width, length), device=device)
     starts = batch.prompt_lengths[batch.prompt_index][:, None]
-    hidden = model.base_model(
-        input_ids=layout.pack(batch.prompt_ids, batch.response_ids)[None],
-        position_ids=layout.pack(
-            column[:width].expand(len(prompt_lengths), -1), starts + column[:length]
-        )[None],
-        # A mask of four dimensions keeps Transformers from building one of T × T.
-        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+    base: Any = model.base_model
+    hidden = layout.forward(
+        base,
+        layout.pack(batch.prompt_ids, batch.response_ids),
+        layout.pack(column[:width].expand(len(prompt_lengths), -1), starts + column[:length]),
         use_cache=False,
-        layout=layout,
     ).last_hidden_state[0]
-    layers = model.config.get_text_config().num_hidden_layers
-    if layout.attended != layers:
-        raise ModelError(
-            f"{type(model).__name__} attended by the packed layout in {layout.attended} "
-            f"of {layers} layers: expected all; call model.set_attn_implementation('sdpa')"
-        )
     prompt_ends = layout.prompt_ends[prompt_index]
     before = np.where(columns > 0, layout.response_starts[rows] + columns - 1, prompt_ends[rows])
     return hidden, before

@@ -1,8 +1,9 @@
-"""Attention on the CPU of responses to their shared prompts, in parts put together exactly.
+"""Attention on the CPU in a packed row: tokens to their own row, and rows to what they continue.
 
-All responses of a prompt attend to it as if they were one, where it stands, and to themselves in
-padded rows; so do all prompts and responses to the tokens that every prompt begins with. Each
-part tells the logarithm of its normaliser Z, the sum of its exponentials:
+A response attends to itself among padded rows of like length, and all responses of a prompt attend
+to that as if they were one, where it stands; so do all prompts and responses to the tokens that
+every prompt begins with. Each part tells the logarithm of its normaliser Z, the sum of its
+exponentials:
 
     o = (Z₁ o₁ + Z₂ o₂) / (Z₁ + Z₂)
 
@@ -17,40 +18,22 @@ import torch
 from torch import Tensor
 
 
-class Part(NamedTuple):
-    """Tokens of a packed row that attend to tokens of it.
-
-    Attributes:
-        queries: the tokens that attend.
-        keys: the tokens that they attend to.
-        is_causal: whether these are the same tokens, of which none sees a later one.
-        is_first: whether no part before this one had its queries.
-    """
-
-    queries: slice
-    keys: slice
-    is_causal: bool
-    is_first: bool
-
-
 class PrefixPlan(NamedTuple):
     """Which tokens of a packed row attend to which.
 
     Attributes:
-        parts: tokens that attend to tokens where these stand, none of them empty.
-        responses: tokens of all responses, the end of the row.
-        blocks: rows and columns of each padded block of responses.
+        blocks: rows and columns of each padded block of rows, which attend to themselves.
         cells: shape (c,), int64: the token in each cell of the blocks; any at padding.
         padding: shape (c,), bool: which cells hold none.
-        real: shape (t,), int64: the cell of each of the responses' tokens.
+        real: shape (T,), int64: the cell of each token.
+        prefixes: pairs of tokens and of those before them, in other rows, that they attend to.
     """
 
-    parts: list[Part]
-    responses: slice
     blocks: list[tuple[int, int]]
     cells: Tensor
     padding: Tensor
     real: Tensor
+    prefixes: list[tuple[slice, slice]]
 
 
 def prefix_attention(
@@ -112,6 +95,11 @@ def _blocks(plan: PrefixPlan, *packed: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*cut, strict=True))
 
 
+def _packed(plan: PrefixPlan, parts: list[Any]) -> list[Tensor]:
+    """Return as (T, ...) what there is of the cells of each block."""
+    return [torch.cat(x).index_select(0, plan.real) for x in zip(*parts, strict=True)]
+
+
 def _merge(output: Tensor, log_z: Tensor, own: Tensor, own_log_z: Tensor) -> None:
     """Put a further part into what the parts before it gave, in place."""
     share = (own_log_z - log_z).sigmoid_()[..., None].to(own.dtype)
@@ -125,23 +113,11 @@ class _PrefixAttention(torch.autograd.Function):
         ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, plan: PrefixPlan,
         scaling: float | None,
     ) -> Tensor:  # fmt: skip
-        output = queries.new_empty(queries.shape)
-        log_z = queries.new_empty(
-            queries.shape[:2], dtype=torch.promote_types(queries.dtype, torch.float32)
-        )
-        for part in plan.parts:
-            rows = (queries[part.queries], keys[part.keys], values[part.keys])
-            own, own_log_z = _forward(rows, part.is_causal, scaling)
-            if part.is_first:
-                output[part.queries], log_z[part.queries] = own, own_log_z
-            else:
-                _merge(output[part.queries], log_z[part.queries], own, own_log_z)
-        if plan.blocks:
-            parts = [_forward(rows, True, scaling) for rows in _blocks(plan, queries, keys, values)]
-            own, own_log_z = (
-                torch.cat(x).index_select(0, plan.real) for x in zip(*parts, strict=True)
-            )
-            _merge(output[plan.responses], log_z[plan.responses], own, own_log_z)
+        parts = [_forward(rows, True, scaling) for rows in _blocks(plan, queries, keys, values)]
+        output, log_z = _packed(plan, parts)
+        for tokens, prefix in plan.prefixes:
+            rows = queries[tokens], keys[prefix], values[prefix]
+            _merge(output[tokens], log_z[tokens], *_forward(rows, False, scaling))
         ctx.save_for_backward(queries, keys, values, output, log_z)
         ctx.plan, ctx.scaling = plan, scaling
         return output
@@ -151,34 +127,22 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, output, log_z = ctx.saved_tensors
         plan: PrefixPlan = ctx.plan
-        query_gradient, key_gradient, value_gradient = (
-            torch.zeros_like(x) for x in (queries, keys, values)
-        )
-        for part in plan.parts:
+        parts = []
+        padded = _blocks(plan, gradient, queries, keys, values, output, log_z)
+        cells = [r * k for r, k in plan.blocks]
+        for (*rows, z), padding in zip(padded, plan.padding.split(cells), strict=True):
+            # Padding attends with the weight exp(score - ∞) = 0.
+            z.masked_fill_(padding.view(*z.shape[:2], 1), torch.inf)
+            parts.append(_backward(tuple(rows), z, True, ctx.scaling))
+        query_gradient, key_gradient, value_gradient = _packed(plan, parts)
+        for tokens, prefix in plan.prefixes:
             own = _backward(
-                (
-                    gradient[part.queries],
-                    queries[part.queries],
-                    keys[part.keys],
-                    values[part.keys],
-                    output[part.queries],
-                ),
-                log_z[part.queries],
-                part.is_causal,
+                (gradient[tokens], queries[tokens], keys[prefix], values[prefix], output[tokens]),
+                log_z[tokens],
+                False,
                 ctx.scaling,
             )
-            query_gradient[part.queries] += own[0]
-            key_gradient[part.keys] += own[1]
-            value_gradient[part.keys] += own[2]
-        if plan.blocks:
-            padded = _blocks(plan, gradient, queries, keys, values, output, log_z)
-            parts = []
-            cells = [r * k for r, k in plan.blocks]
-            for (*rows, z), padding in zip(padded, plan.padding.split(cells), strict=True):
-                # Padding attends with the weight exp(score - ∞) = 0.
-                z.masked_fill_(padding.view(*z.shape[:2], 1), torch.inf)
-                parts.append(_backward(tuple(rows), z, True, ctx.scaling))
-            own = [torch.cat(x).index_select(0, plan.real) for x in zip(*parts, strict=True)]
-            query_gradient[plan.responses] += own[0]
-            key_gradient[plan.responses], value_gradient[plan.responses] = own[1:]
+            query_gradient[tokens] += own[0]
+            key_gradient[prefix] += own[1]
+            value_gradient[prefix] += own[2]
         return query_gradient, key_gradient, value_gradient, None, None

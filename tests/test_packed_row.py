@@ -26,7 +26,7 @@ def layout_of(prompts, index, responses, common=0) -> PackedLayout:
 
 def tokens_of(layout, seed=0, dtype=torch.float64, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    count = layout._groups[-1][1].stop
+    count = layout._row_lengths.sum()
     return [
         (scale * torch.randn(count, heads, D, generator=generator, dtype=torch.float64))
         .to(dtype)

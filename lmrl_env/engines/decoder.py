@@ -28,6 +28,9 @@ from lmrl_env.linear import OneDNNLinear, is_plain
 KNOWN = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 """Models whose blocks are those of ``Decoder``, up to biases and norms of queries and keys."""
 
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose angles do not depend on the length of the text."""
+
 MOST_BYTES = 2**29
 """Weights of which a copy is made for a batch: a step of larger models is no small operation."""
 
@@ -43,13 +46,14 @@ class _Layer(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A block of the model; ``head_norm`` is that of queries and keys, (heads + key heads, d)."""
+    """A block of the model, the weights of its norms multiplied into the layers behind them.
 
-    first_norm: Tensor
+    ``head_norm`` is that of queries and keys, (heads + key heads, d). Queries come scaled.
+    """
+
     qkv: _Layer
     head_norm: Tensor | None
     output: _Layer
-    second_norm: Tensor
     gate: _Layer
     up: _Layer
     down: _Layer
@@ -60,9 +64,10 @@ class Decoder:
 
     Args:
         model: for which it ``pays``.
+        length: most tokens of a prompt and its response together.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, length: int):
         base: Any = model.base_model
         attention = base.layers[0].self_attn
         self._head_dim = int(attention.head_dim)
@@ -71,10 +76,17 @@ class Decoder:
         self._key_heads = int(model.config.num_key_value_heads)
         self._epsilon = float(model.config.rms_norm_eps)
         self._embedding = base.embed_tokens.weight
-        self._rotary = base.rotary_emb
+        width = self._embedding.shape[1]
+        # √(Σx² + Hε) = √H · √(mean(x²) + ε): norms divide by the left, and weights have the √H.
+        self._root = width**0.5
+        self._floor = torch.tensor((width * self._epsilon) ** 0.5)
+        positions = torch.arange(length)[None]
+        cos, sin = (angles[0] for angles in base.rotary_emb(self._embedding, positions))
+        half = self._head_dim // 2
+        sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+        self._angles = torch.stack([cos, sin], dim=1)  # (length, 2, d)
         self._blocks = [self._block(layer) for layer in base.layers]
-        self._norm = base.norm.weight
-        self._head = _in_onednn_order(model.get_output_embeddings())
+        self._head = self._after(base.norm, model.get_output_embeddings())
 
     @staticmethod
     def pays(model: PreTrainedModel, tokens: int) -> bool:
@@ -84,11 +96,13 @@ class Decoder:
         and sooner.
         """
         weights = list(model.parameters())
+        rope = getattr(model.config, "rope_parameters", None) or {}
         return (
             type(model) in KNOWN
             and tokens >= FEWEST_TOKENS
             and model.config._attn_implementation == PACKED_ATTENTION
             and model.config.hidden_act == "silu"
+            and rope.get("rope_type", "default") in FIXED_ANGLES
             and sum(weight.nbytes for weight in weights) <= MOST_BYTES
             and all(is_plain(weight) for weight in weights)
             and all(_is_known(module) for module in model.modules())
@@ -105,27 +119,22 @@ class Decoder:
             cache: to which the tokens' keys and values are added.
         """
         x = self._embedding[tokens]  # (r, H)
-        cos, sin = (angles.transpose(0, 1) for angles in self._rotary(x, positions[None]))
-        half = self._head_dim // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # (r, 1, d)
+        angles = self._angles[positions]
         for i, block in enumerate(self._blocks):
-            normed = self._normalise(x, block.first_norm)
-            qkv = _apply(normed, block.qkv).unflatten(-1, (-1, self._head_dim))
-            x = _apply_with(
-                self._attend(i, qkv, block.head_norm, cos, sin, cache), block.output, "add", x
-            )
-            normed = self._normalise(x, block.second_norm)
+            qkv = _apply(self._normalise(x), block.qkv).unflatten(-1, (-1, self._head_dim))
+            attended = self._attend(i, qkv, block.head_norm, angles, cache)
+            x = _apply_with(attended, block.output, "add", x)
+            normed = self._normalise(x)
             gate = _apply(normed, block.gate, "swish")
             x = _apply_with(_apply_with(normed, block.up, "mul", gate), block.down, "add", x)
-        return _apply(self._normalise(x, self._norm), self._head)
+        return _apply(self._normalise(x), self._head)
 
     def _attend(
         self,
         i: int,
         qkv: Tensor,
         head_norm: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Tensor,
         cache: SharedPromptCache,
     ) -> Tensor:
         """Return what a block attends to, (r, heads · d), given (r, heads + 2 key heads, d)."""
@@ -133,35 +142,56 @@ class Decoder:
         if head_norm is not None:
             normed = F.rms_norm(queries_and_keys, (self._head_dim,), None, self._epsilon)
             queries_and_keys = normed * head_norm
+        cos, sin = angles.split(1, dim=1)
         swapped = queries_and_keys.roll(self._head_dim // 2, -1)
         rotated = torch.addcmul(queries_and_keys * cos, swapped, sin)
         queries, keys = rotated.tensor_split([-self._key_heads], dim=1)
         seen = cache.update(keys[:, :, None], values[:, :, None], i)
-        return cache.attend_in_layer(i, queries[:, :, None], *seen, self._scaling).flatten(1)
+        return cache.attend_in_layer(i, queries.unflatten(1, (self._key_heads, -1)), *seen).flatten(
+            1
+        )
 
-    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self._epsilon)
+    def _normalise(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(norm, self._floor)
 
     def _block(self, layer: Any) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
+        scale = torch.ones(self._heads + 2 * self._key_heads, 1)
         head_norm = None
         if isinstance(getattr(attention, "q_norm", None), rms_norm.FusedRMSNorm):
             head_norm = torch.cat(
                 [
-                    attention.q_norm.weight.expand(self._heads, -1),
+                    (attention.q_norm.weight * self._scaling).expand(self._heads, -1),
                     attention.k_norm.weight.expand(self._key_heads, -1),
                 ]
             )
+        else:
+            scale[: self._heads] = self._scaling
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
         return _Block(
-            first_norm=layer.input_layernorm.weight,
-            qkv=_in_onednn_order(attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=self._after(layer.input_layernorm, *qkv, scale=scale),
             head_norm=head_norm,
-            output=_in_onednn_order(attention.o_proj),
-            second_norm=layer.post_attention_layernorm.weight,
-            gate=_in_onednn_order(mlp.gate_proj),
-            up=_in_onednn_order(mlp.up_proj),
-            down=_in_onednn_order(mlp.down_proj),
+            output=_in_onednn_order(attention.o_proj.weight, attention.o_proj.bias),
+            gate=self._after(layer.post_attention_layernorm, mlp.gate_proj),
+            up=self._after(layer.post_attention_layernorm, mlp.up_proj),
+            down=_in_onednn_order(mlp.down_proj.weight, mlp.down_proj.bias),
         )
+
+    def _after(self, norm: Any, *layers: Any, scale: Tensor | None = None) -> _Layer:
+        """Return layers of the same input as one, behind a norm that is ``_normalise`` now.
+
+        Args:
+            norm: in front of them.
+            layers: linear.
+            scale: shape (heads, 1): of each head that they put out.
+        """
+        weight = torch.cat([layer.weight for layer in layers]) * (norm.weight * self._root)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        if scale is not None:
+            scale = scale.expand(-1, self._head_dim).flatten()
+            weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+        return _in_onednn_order(weight, bias)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -176,9 +206,7 @@ def _is_known(module: nn.Module) -> bool:
     )
 
 
-def _in_onednn_order(*layers: Any) -> _Layer:
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+def _in_onednn_order(weight: Tensor, bias: Tensor | None) -> _Layer:
     return _Layer(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
 
 

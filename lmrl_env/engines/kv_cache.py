@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -26,10 +25,7 @@ class _BudgetLayer(CacheLayerMixin):
         super().__init__()
         self.is_initialized = True
         self.length = keys.shape[2]
-        self.key_buffer, self.value_buffer = (
-            torch.cat([x, x.new_empty(*x.shape[:2], budget, x.shape[3])], dim=2)
-            for x in (keys, values)
-        )
+        self.key_buffer, self.value_buffer = (_with_room(x, budget) for x in (keys, values))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the memory is there."""
@@ -57,28 +53,23 @@ class _BudgetLayer(CacheLayerMixin):
         return self.key_buffer.shape[2]
 
 
+def _with_room(x: Tensor, budget: int) -> Tensor:
+    r, heads, length, d = x.shape
+    buffer = x.new_empty(r, heads, length + budget, d)
+    buffer[:, :, :length] = x
+    return buffer
+
+
 class BudgetCache(Cache):
     """Keys and values of a batch that only shrinks.
 
     Args:
-        prefilled: caches of different prompts, all of the same width.
-        index: shape (r,), int64: the prompt, counted over all caches, that each row continues.
+        layers: keys and values to begin with of each layer, both of shape (r, heads, P, d).
         budget: tokens to make room for.
-        with_prompts: whether to begin with the prompts, or empty.
     """
 
-    def __init__(
-        self, prefilled: Sequence[Cache], index: Tensor, budget: int, *, with_prompts: bool = True
-    ):
-        width = None if with_prompts else 0
-        self._budget_layers = [
-            _BudgetLayer(
-                torch.cat([part.keys[:, :, :width] for part in parts]).index_select(0, index),
-                torch.cat([part.values[:, :, :width] for part in parts]).index_select(0, index),
-                budget,
-            )
-            for parts in zip(*(cache.layers for cache in prefilled), strict=True)
-        ]
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], budget: int):
+        self._budget_layers = [_BudgetLayer(keys, values, budget) for keys, values in layers]
         super().__init__(layers=list(self._budget_layers))
 
     def drop(self, ended: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -45,7 +45,7 @@ class LocalEngine:
         model: PreTrainedModel,
         tokenizer: Tokenizer,
         *,
-        batch_size: int = 256,
+        batch_size: int = 512,
         dtype: str = "float32",
     ):
         self.version = 0
@@ -92,19 +92,24 @@ class LocalEngine:
             ConfigurationError: if an argument is out of its range.
             PromptTooLongError: if a prompt and the budget exceed the context.
             EngineError: if the model's logits are not finite.
+            ModelError: if the model attends in a way of its own; see ``PackedLayout.forward``.
         """
         self._check_arguments(prompt_ids, sampling, n, seeds)
         prompts = [prompt for prompt in prompt_ids for _ in range(n)]
-        completions: list[Completion] = []
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
+        completions: dict[int, Completion] = {}
         precision = torch.autocast(
             self._model.device.type, torch.bfloat16, enabled=self._mixed_precision
         )
         with torch.inference_mode(), precision, _evaluating(self._model):
             while len(completions) < len(prompts):
-                start = len(completions)
-                rows = slice(start, start + self._rows_at_once(prompts[start:], sampling))
-                completions += self._sample(prompts[rows], sampling, seeds[rows])
-        return completions
+                left = order[len(completions) :]
+                rows = left[: self._rows_at_once([prompts[row] for row in left], sampling)]
+                sampled = self._sample(
+                    [prompts[row] for row in rows], sampling, [seeds[row] for row in rows]
+                )
+                completions.update(zip(rows, sampled, strict=True))
+        return [completions[row] for row in range(len(prompts))]
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int
@@ -214,7 +219,7 @@ class LocalEngine:
         logits, cache, mask, positions = prefill(self._model, prompts, budget)
         decoder = None
         if Decoder.pays(self._model, len(prompts) * budget):
-            decoder = Decoder(self._model)
+            decoder = Decoder(self._model, int(positions.max()) + budget)
         for t in range(budget):
             drawn, drawn_logprobs = draw_tokens(
                 logits[:, : self._tokenizer.vocab_size],
@@ -261,7 +266,7 @@ class LocalEngine:
     ) -> Tensor:
         """Return the logits after one more token a row, (r, V)."""
         layout = {"layout": cache} if isinstance(cache, SharedPromptCache) else {}
-        logits = self._model(
+        return self._model(
             input_ids=tokens[:, None],
             attention_mask=None if mask is None else mask[:, : cache.get_seq_length() + 1],
             position_ids=positions[:, None],
@@ -270,13 +275,6 @@ class LocalEngine:
             logits_to_keep=1,
             **layout,
         ).logits[:, -1]
-        if isinstance(cache, SharedPromptCache) and cache.attended < len(cache.layers):
-            raise EngineError(
-                f"{type(self._model).__name__} attended to the prompts in {cache.attended} of "
-                f"{len(cache.layers)} layers: expected all; call "
-                "model.set_attn_implementation('sdpa')"
-            )
-        return logits
 
 
 @contextmanager

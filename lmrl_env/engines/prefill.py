@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -12,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lmrl_env.attention import PACKED_ATTENTION
 from lmrl_env.engines.kv_cache import BudgetCache
 from lmrl_env.engines.shared_prompts import SharedPromptCache
-from lmrl_env.packed_row import common_beginning
+from lmrl_env.packed_row import Integers, PackedLayout, cells, common_beginning, to_device
 
 TOKENS_AT_ONCE = 2**14
 """Most prompt tokens, padding included, that are forwarded at once, unless one prompt has more."""
@@ -38,58 +40,115 @@ class Prefilled(NamedTuple):
 def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]], budget: int) -> Prefilled:
     """Forward prompts up to the first token of their responses.
 
-    A row has the tokens that all prompts begin with, then padding, then its own.
-
     Args:
         model: a causal language model.
         prompts: token ids, each at least one.
         budget: tokens to make room for.
+
+    Raises:
+        ModelError: if the model does not hand the layout of a packed row to its attention.
     """
-    device = model.device
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(unique)}
-    index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in unique])
-    common, width = common_beginning(unique), int(lengths.max())
-    ids = torch.tensor([(width - len(prompt)) * [0] + [*prompt[common:]] for prompt in unique])
-    column = torch.arange(width + budget)
-    position = column - (width - lengths[:, None])  # of the tokens that are not common
-    is_token = None
-    if bool((lengths < width).any()):
-        is_token = ((column < common) | (position >= common)).to(device)
+    index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+    lengths = np.array([len(prompt) for prompt in unique])
+    packed = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION
+    logits, cache, mask = (_packed if packed else _padded)(model, unique, lengths, index, budget)
+    return Prefilled(logits[index], cache, mask, to_device(lengths, model.device)[index])
 
-    beginning = _forward(model, unique[0][:common])
-    logits, caches = [], []
-    for part in torch.arange(len(unique)).split(max(1, TOKENS_AT_ONCE // (width - common))):
+
+def _packed(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], lengths: Integers, index: Tensor,
+    budget: int,
+) -> tuple[Tensor, BudgetCache, None]:  # fmt: skip
+    """Return the first logits and the cache, which knows what is a token.
+
+    Prompts stand one behind the other, without padding, and what all begin with stands once.
+    """
+    device, common = model.device, common_beginning(prompts)
+    own_lengths = lengths - common
+    column = np.arange(own_lengths.max())
+    logits, caches, own = [], [], []
+    for part in _parts(own_lengths):
+        layout = PackedLayout(lengths[part], lengths[:0], lengths[:0], device, common)
+        _, columns = cells(own_lengths[part])
+        ids = [*prompts[0][:common], *chain.from_iterable(x[common:] for x in prompts[part])]
         caches.append(DynamicCache())
-        for i, (keys, values) in enumerate(beginning):
-            caches[-1].update(
-                keys.expand(len(part), -1, -1, -1), values.expand(len(part), -1, -1, -1), i
-            )
-        output = model(
-            input_ids=ids[part].to(device),
-            attention_mask=None if is_token is None else is_token[part, :width],
-            position_ids=position[part, common:width].clamp(min=0).to(device),
+        output = layout.forward(
+            model,
+            torch.tensor(ids, device=device),
+            to_device(np.concatenate([np.arange(common), common + columns]), device),
             past_key_values=caches[-1],
+            use_cache=True,
+            logits_to_keep=to_device(layout.prompt_ends, device),
+        )
+        logits.append(output.logits[0])
+        places = (layout.prompt_ends + 1 - own_lengths[part])[:, None] + column
+        places = to_device(places.clip(max=len(ids) - 1), device)
+        own.append(
+            [(_rows(keys, places), _rows(values, places)) for keys, values in _layers(caches[-1])]
+        )
+    beginning = [
+        (keys[:, :, :common], values[:, :, :common]) for keys, values in _layers(caches[0])
+    ]
+    is_token = None
+    if (own_lengths < len(column)).any():
+        is_token = to_device(column < own_lengths[:, None], device)
+    cache = SharedPromptCache(beginning, _joined(own), is_token, index, budget)
+    return torch.cat(logits), cache, None
+
+
+def _padded(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], lengths: Integers, index: Tensor,
+    budget: int,
+) -> tuple[Tensor, BudgetCache, Tensor | None]:  # fmt: skip
+    """Return the first logits, the cache and its mask; a row is padding, then tokens."""
+    device, width = model.device, int(lengths.max())
+    position = np.arange(width + budget) - (width - lengths[:, None])
+    is_token = None
+    if (lengths < width).any():
+        is_token = to_device(position >= 0, device)
+    logits, layers = [], []
+    for part in _parts(np.full_like(lengths, width)):
+        cache = DynamicCache()
+        ids = [(width - len(prompt)) * [0] + [*prompt] for prompt in prompts[part]]
+        output = model(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=None if is_token is None else is_token[part, :width],
+            position_ids=to_device(position[part, :width].clip(min=0), device),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         logits.append(output.logits[:, -1])
-    first_logits, positions = torch.cat(logits)[index], lengths.to(device)[index]
-    if model.config.get_text_config()._attn_implementation == PACKED_ATTENTION:
-        real = None if is_token is None else is_token[:, :width]
-        cache: BudgetCache = SharedPromptCache(caches, index, budget, real, common)
-        return Prefilled(first_logits, cache, None, positions)
+        layers.append(_layers(cache))
+    rows = [(keys[index], values[index]) for keys, values in _joined(layers)]
     mask = None if is_token is None else is_token[index]
-    return Prefilled(first_logits, BudgetCache(caches, index, budget), mask, positions)
+    return torch.cat(logits), BudgetCache(rows, budget), mask
 
 
-def _forward(model: PreTrainedModel, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values of each layer, (1, heads, tokens, d); none without tokens."""
-    if not tokens:
-        return []
-    cache = DynamicCache()
-    ids = torch.tensor([tokens], device=model.device)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+def _parts(lengths: Integers) -> Iterator[slice]:
+    """Yield the prompts that are forwarded together."""
+    start = 0
+    while start < len(lengths):
+        fitting = int((lengths[start:].cumsum() <= TOKENS_AT_ONCE).sum())
+        yield slice(start, start := start + max(1, fitting))
+
+
+def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
+
+
+def _rows(packed: Tensor, places: Tensor) -> Tensor:
+    """Lay a packed (1, heads, T, d) out as (r, heads, k, d), given places (r, k)."""
+    return packed[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+
+
+def _joined(parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values of each layer, given those of each part of the prompts."""
+    joined = []
+    for layer in zip(*parts, strict=True):
+        keys, values = zip(*layer, strict=True)
+        joined.append((torch.cat(keys), torch.cat(values)))
+    return joined

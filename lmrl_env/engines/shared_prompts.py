@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from lmrl_env.engines.kv_cache import BudgetCache
 
@@ -21,48 +20,38 @@ class SharedPromptCache(BudgetCache):
 
     It is the ``layout`` of ``packed_attention`` too. Rows stand in a grid, one line a prompt, so
     that a line's queries meet their prompt in one matrix product; and all of them in one line,
-    to meet what is common to the prompts.
+    to meet what is common to the prompts. If no prompt has several rows, each row has its own.
 
     Args:
-        prefilled: caches of different prompts, all of the same width P.
-        index: shape (r,), int64: the prompt, counted over all caches, that each row continues.
-        budget: tokens to make room for.
+        beginning: keys and values of each layer of what all prompts begin with, (1, heads, C, d).
+        prompts: of what follows in each prompt, (prompts, heads, P, d), left-aligned.
         is_token: shape (prompts, P), bool: which places of the prompts are tokens; None if all.
-        common: tokens that all prompts begin with, in the first places.
-
-    Attributes:
-        attended: how many layers have attended to this cache so far.
+        index: shape (r,), int64: the prompt that each row continues.
+        budget: tokens to make room for.
     """
 
     def __init__(
         self,
-        prefilled: Sequence[Cache],
+        beginning: Sequence[tuple[Tensor, Tensor]],
+        prompts: Sequence[tuple[Tensor, Tensor]],
+        is_token: Tensor | None,
         index: Tensor,
         budget: int,
-        is_token: Tensor | None,
-        common: int = 0,
     ):
-        super().__init__(prefilled, index, budget, with_prompts=False)
-        layers = list(zip(*(cache.layers for cache in prefilled), strict=True))
-        self.attended = 0
-        self._common = common
         self._beginning = [
-            (
-                parts[0].keys[:1, :, :common].transpose(2, 3).contiguous(),
-                parts[0].values[:1, :, :common].contiguous(),
-            )
-            for parts in layers
+            (keys.transpose(2, 3).contiguous(), values) for keys, values in beginning
         ]
-        self._prompts = [
-            (
-                torch.cat([part.keys[:, :, common:] for part in parts])
-                .transpose(2, 3)
-                .contiguous(),
-                torch.cat([part.values[:, :, common:] for part in parts]),
-            )
-            for parts in layers
-        ]
-        self._padding = None if is_token is None else ~is_token[:, None, None, common:]
+        self._common = beginning[0][0].shape[2]
+        self._device = index.device
+        self._in_rows = len(prompts[0][0]) == len(index)
+        self._padding = None if is_token is None else ~is_token[:, None, None]
+        if self._in_rows:
+            super().__init__([(keys[index], values[index]) for keys, values in prompts], budget)
+            self._padding = None if self._padding is None else self._padding[index]
+            return
+        nothing = [keys.new_empty(len(index), *keys[0, :, :0].shape) for keys, _ in prompts]
+        super().__init__([(x, x) for x in nothing], budget)
+        self._prompts = [(keys.transpose(2, 3).contiguous(), values) for keys, values in prompts]
         self._index = index
         self._arrange()
 
@@ -76,9 +65,13 @@ class SharedPromptCache(BudgetCache):
             Which of those rows now stands in each place, shape (rows left,).
         """
         kept = super().drop(ended)
-        self._index = self._index[torch.from_numpy(kept).to(self._index.device)]
-        if len(kept):
-            self._arrange()
+        places = torch.from_numpy(kept).to(self._device)
+        if self._in_rows:
+            self._padding = None if self._padding is None else self._padding[places]
+        else:
+            self._index = self._index[places]
+            if len(kept):
+                self._arrange()
         return kept
 
     def _arrange(self) -> None:
@@ -113,31 +106,44 @@ class SharedPromptCache(BudgetCache):
         Returns:
             Shape (r, 1, heads, d).
         """
-        return self.attend_in_layer(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
-
-    def attend_in_layer(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-    ) -> Tensor:
-        """Return what ``attend`` does in the layer of an index."""
-        self.attended += 1
-        (first_keys, first_values), (own_keys, own_values) = (
-            self._beginning[layer], self._prompts[layer]
-        )  # fmt: skip
         r, heads, _, d = query.shape
         query = query.reshape(r, key.shape[1], -1, d) * (d**-0.5 if scaling is None else scaling)
-        own_scores = self._to_grid(query) @ own_keys
+        attended = self.attend_in_layer(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        return attended.reshape(r, 1, heads, d)
+
+    def attend_in_layer(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what ``attend`` does, of scaled queries that are laid out by the keys' heads.
+
+        Args:
+            layer: its index.
+            query: shape (r, key-value heads, heads of each, d).
+            key: shape (r, key-value heads, t, d), of the responses so far.
+            value: as ``key``.
+
+        Returns:
+            Shape (r, key-value heads, heads of each, d).
+        """
+        r = len(query)
+        scores = [query @ key.transpose(2, 3)]
+        if not self._in_rows:
+            own_keys, own_values = self._prompts[layer]
+            scores.insert(0, self._to_grid(query) @ own_keys)
         if self._padding is not None:
-            own_scores.masked_fill_(self._padding, -torch.inf)
-        scores = [self._to_rows(own_scores), query @ key.transpose(2, 3)]
+            scores[0][..., : self._padding.shape[3]].masked_fill_(self._padding, -torch.inf)
+        if not self._in_rows:
+            scores[0] = self._to_rows(scores[0])
         if self._common:
+            first_keys, first_values = self._beginning[layer]
             scores.insert(0, _rows_of(_lines(query, 1) @ first_keys, r))
-        weights = torch.cat(scores, dim=-1).softmax(-1).to(value.dtype)
-        own, since = self._common, self._common + own_keys.shape[3]
-        output = weights[..., since:] @ value
-        output += self._to_rows(self._to_grid(weights[..., own:since]) @ own_values)
+        weights = (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(-1)
+        weights = weights.to(value.dtype)
+        output = weights[..., -key.shape[2] :] @ value
+        if not self._in_rows:
+            own = weights[..., self._common : -key.shape[2]]
+            output += self._to_rows(self._to_grid(own) @ own_values)
         if self._common:
-            output += _rows_of(_lines(weights[..., :own], 1) @ first_values, r)
-        return output.reshape(r, 1, heads, d)
+            output += _rows_of(_lines(weights[..., : self._common], 1) @ first_values, r)
+        return output
 
     def _to_grid(self, rows: Tensor) -> Tensor:
         """Lay (r, h, q, x) out as (lines, h, cells of a line · q, x)."""

@@ -50,8 +50,8 @@ def made(monkeypatch) -> list[Decoder]:
     decoders: list[Decoder] = []
 
     class Counted(Decoder):
-        def __init__(self, model):
-            super().__init__(model)
+        def __init__(self, model, length):
+            super().__init__(model, length)
             decoders.append(self)
 
     monkeypatch.setattr(lmrl_env.engines.local, "Decoder", Counted)

@@ -125,28 +125,28 @@ def test_batches_of_few_rows_give_the_same_responses(monkeypatch):
     assert token_lists(generate(few, sampling)) == expected
     # Two layers, keys and values of 2 heads × 8 float32, 25 places: 6400 bytes a row.
     monkeypatch.setattr(lmrl_env.engines.local, "CACHE_BYTES", 3 * 6400)
-    rows = batch_rows(few)
+    shapes = fed_shapes(few)
     assert token_lists(generate(few, sampling)) == expected
-    assert max(rows) == 3
+    assert max(rows for rows, _ in shapes) == 3
 
 
-def batch_rows(engine) -> list[int]:
-    """Return a list to which every forward of the model appends its number of rows."""
-    rows: list[int] = []
+def fed_shapes(engine) -> list[tuple[int, ...]]:
+    """Return a list to which every forward of the model appends the shape of its tokens."""
+    shapes: list[tuple[int, ...]] = []
     engine._model.get_input_embeddings().register_forward_hook(
-        lambda _, args, output: rows.append(len(args[0]))
+        lambda _, args, output: shapes.append(tuple(args[0].shape))
     )
-    return rows
+    return shapes
 
 
 def test_different_prompts_are_forwarded_once_and_finished_rows_leave():
     engine = engine_of(tokenizer=letter_tokenizer())
-    rows = batch_rows(engine)
+    shapes = fed_shapes(engine)
     completions = generate(engine, Sampling(30), prompts=[*PROMPTS, PROMPTS[0]])
     lengths = np.array([len(completion.token_ids) for completion in completions])
     # Token t + 1 is drawn from a forward of the rows that have more than t tokens.
     fed = [int((lengths > t).sum()) for t in range(1, lengths.max())]
-    assert rows == [3, *fed]
+    assert shapes == [(1, sum(map(len, PROMPTS))), *((rows, 1) for rows in fed)]
     assert len(set(fed)) > 5
 
 
@@ -187,8 +187,9 @@ def test_a_stop_string_that_tokens_straddle_ends_a_response_with_its_last_token(
     assert (len(last.token_ids), last.finish_reason) == (end, "stop")
 
 
-def test_prompts_of_one_length_need_no_mask():
+def test_rows_of_one_length_need_no_mask():
     engine, masks = engine_of(), []
+    engine._model.set_attn_implementation("sdpa")
     engine._model.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )

@@ -6,12 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import letter_tokenizer, random_model
-from transformers import DynamicCache
 
 from lmrl_env.attention import use_packed_attention
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.engines.shared_prompts import SharedPromptCache
-from lmrl_env.errors import EngineError
+from lmrl_env.errors import ModelError
 from lmrl_env.types import Sampling
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [0, 0, 1]]
@@ -93,19 +92,18 @@ def test_log_probs_in_bfloat16_are_as_near_to_float32_as_by_transformers_own_att
 def test_attention_is_that_to_prompts_copied_for_every_row_whichever_rows_end(data):
     heads, d, width = 2, 4, 3
     index = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
-    lengths = torch.tensor([1, width, 2])
-    is_token = torch.arange(width) >= width - lengths[:, None]
     common = data.draw(st.integers(0, 2))
+    lengths = torch.tensor([1, width, 2])
+    is_token = torch.arange(width) < lengths[:, None]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    prompts = torch.randn(2, 3, heads, width, d, generator=generator, dtype=torch.float64)
+    beginning = torch.randn(2, 1, heads, common, d, generator=generator, dtype=torch.float64)
+    rows = torch.tensor(index)
+    cache = SharedPromptCache([(*beginning,)], [(*prompts,)], is_token, rows, 4)
+    whole = torch.cat([beginning.expand(-1, 3, -1, -1, -1), prompts], dim=3)
+    row_keys, row_values = whole[0, rows], whole[1, rows]
     is_token = torch.cat([torch.ones(3, common) > 0, is_token], dim=1)
     width += common
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
-    keys, values = torch.randn(2, 3, heads, width, d, generator=generator, dtype=torch.float64)
-    keys[:, :, :common], values[:, :, :common] = keys[:1, :, :common], values[:1, :, :common]
-    prefilled = DynamicCache()
-    prefilled.update(keys, values, 0)
-    rows = torch.tensor(index)
-    cache = SharedPromptCache([prefilled], rows, 4, is_token, common)
-    row_keys, row_values = keys[rows], values[rows]
     layer = torch.nn.Module()
     layer.layer_idx = 0
     for _ in range(4):
@@ -132,5 +130,5 @@ def test_a_model_that_does_not_attend_to_the_prompts_is_an_error():
     model.model.layers[1].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "layout": None}), with_kwargs=True
     )
-    with pytest.raises(EngineError, match="in 1 of 2 layers"):
+    with pytest.raises(ModelError, match="in 1 of 2 layers"):
         LocalEngine(model, letter_tokenizer()).generate(PROMPTS, Sampling(4), 1, [1, 2, 3])
