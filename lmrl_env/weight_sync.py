@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lmrl_env.engines.engine import Engine
 
-CANARY_TOKENS = 4
+CANARY_TOKENS = 2
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest accepted difference of a token's log-prob between trainer and engine, in nats."""
 

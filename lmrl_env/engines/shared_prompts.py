@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from lmrl_env.engines.kv_cache import BudgetCache
 
+FEWEST_SHARED = 24
+"""Tokens of the longest prompt, common ones left out, below which a copy for each row is faster."""
+
 
 class SharedPromptCache(BudgetCache):
     """Keys and values of a batch that only shrinks, a prompt's once for all its rows.
 
     It is the ``layout`` of ``packed_attention`` too. Rows stand in a grid, one line a prompt, so
     that a line's queries meet their prompt in one matrix product; and all of them in one line,
-    to meet what is common to the prompts. If no prompt has several rows, each row has its own.
+    to meet what is common to the prompts. Of short prompts, and of those that no two rows share,
+    each row has its own copy.
 
     Args:
         beginning: keys and values of each layer of what all prompts begin with, (1, heads, C, d).
@@ -43,7 +47,8 @@ class SharedPromptCache(BudgetCache):
         ]
         self._common = beginning[0][0].shape[2]
         self._device = index.device
-        self._in_rows = len(prompts[0][0]) == len(index)
+        number, _, width, _ = prompts[0][0].shape
+        self._in_rows = width < FEWEST_SHARED or number == len(index)
         self._padding = None if is_token is None else ~is_token[:, None, None]
         if self._in_rows:
             super().__init__([(keys[index], values[index]) for keys, values in prompts], budget)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from random_models import letter_tokenizer, random_model
 
 from lmrl_env.attention import use_packed_attention
+from lmrl_env.engines import shared_prompts
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.engines.shared_prompts import SharedPromptCache
 from lmrl_env.errors import ModelError
@@ -24,11 +27,13 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("fewest", [0, 24])
 @pytest.mark.parametrize("prompts", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2"])
 def test_samples_are_those_of_each_prompt_alone_by_transformers_own_attention(
-    architecture, prompts
+    architecture, prompts, fewest, monkeypatch
 ):
+    monkeypatch.setattr(shared_prompts, "FEWEST_SHARED", fewest)
     model = random_model(architecture, torch.float32)
     engine = LocalEngine(model, letter_tokenizer())
     sampling = Sampling(40, 0.8)
@@ -99,7 +104,9 @@ def test_attention_is_that_to_prompts_copied_for_every_row_whichever_rows_end(da
     prompts = torch.randn(2, 3, heads, width, d, generator=generator, dtype=torch.float64)
     beginning = torch.randn(2, 1, heads, common, d, generator=generator, dtype=torch.float64)
     rows = torch.tensor(index)
-    cache = SharedPromptCache([(*beginning,)], [(*prompts,)], is_token, rows, 4)
+    fewest = data.draw(st.sampled_from([0, 24]))
+    with mock.patch.object(shared_prompts, "FEWEST_SHARED", fewest):
+        cache = SharedPromptCache([(*beginning,)], [(*prompts,)], is_token, rows, 4)
     whole = torch.cat([beginning.expand(-1, 3, -1, -1, -1), prompts], dim=3)
     row_keys, row_values = whole[0, rows], whole[1, rows]
     is_token = torch.cat([torch.ones(3, common) > 0, is_token], dim=1)
