@@ -53,7 +53,7 @@ BENCHMARKS = (
     Benchmark("weight_sync", 1),
     Benchmark("verifier", 2),
     Benchmark("memory", 2),
-    Benchmark("default_run", 2, flags=("--seeds=0",)),
+    Benchmark("default_run", 5, flags=("--seeds=0", "--beside=6f10d7d")),
 )
 
 
