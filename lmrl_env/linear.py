@@ -7,6 +7,7 @@ are 2.1e-7 and 2.9e-7.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 FEWEST_PRODUCTS = 2**20
 """Multiplications of a layer below which oneDNN's cost of a call outweighs its speed."""
+
+
+PREPARED = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""Says how many shapes oneDNN stays prepared for: its own 1,024 are fewer than a run has."""
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -27,6 +32,7 @@ def use_onednn(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = OneDNNLinear
+    os.environ.setdefault(PREPARED, "16384")  # oneDNN reads it once, at its first product
 
 
 class OneDNNLinear(nn.Linear):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,10 @@ ROWS_AT_ONCE = 64
 
 LEAST_FULL = 7 / 8
 """Length of a row beside the longest of those that it attends together with, at least."""
+
+TOKENS_AT_ONCE, FEWEST_ROUNDED = 128, 2048
+"""On the CPU a row of many tokens gets some more, up to a multiple, that nothing attends to: every
+length costs oneDNN a preparation of its own."""
 
 FEWEST_COMMON = 16
 """Tokens of a common beginning below which to treat it apart costs more than it saves."""
@@ -88,7 +93,12 @@ class PackedLayout:
         own_lengths = prompt_lengths - common
         order = prompt_index.argsort(kind="stable")
         bounds = np.concatenate([[0, common], own_lengths, response_lengths[order]]).cumsum()
-        self._row_starts, self._row_lengths = bounds[:-1], np.diff(bounds)
+        self._tokens = int(bounds[-1])
+        self._padding = 0
+        if self.device.type == "cpu" and self._tokens >= FEWEST_ROUNDED:
+            self._padding = -self._tokens % TOKENS_AT_ONCE
+        self._row_starts = bounds  # the padding is the last row
+        self._row_lengths = np.append(np.diff(bounds), self._padding)
         starts, q = bounds[1:-1], len(prompt_lengths)
         self.prompt_ends = bounds[2 : q + 2] - 1
         self.response_starts = np.empty_like(response_lengths)
@@ -123,13 +133,17 @@ class PackedLayout:
         cells = np.concatenate([rows.tokens.ravel() for rows in blocks])
         real = np.concatenate([rows.real.ravel() for rows in blocks])
         (taken,) = real.nonzero()
-        prefixes = [(slice(self._common, len(taken)), slice(0, self._common)), *self._continued]
+        beginning = slice(self._common, self._tokens), slice(0, self._common)
         return PrefixPlan(
             blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in blocks],
             cells=to_device(cells, self.device),
             padding=to_device(~real, self.device),
             real=to_device(taken[cells[taken].argsort()], self.device),
-            prefixes=[pair for pair in prefixes if all(x.start < x.stop for x in pair)],
+            prefixes=[
+                pair
+                for pair in (beginning, *self._continued)
+                if all(x.start < x.stop for x in pair)
+            ],
         )
 
     @cached_property
@@ -195,8 +209,8 @@ class PackedLayout:
             ModelError: if the model does not hand the layout to its attention.
         """
         output = model(
-            input_ids=ids[None],
-            position_ids=positions[None],
+            input_ids=F.pad(ids, (0, self._padding))[None],
+            position_ids=F.pad(positions, (0, self._padding))[None],
             # A mask of four dimensions keeps Transformers from building one of T × T.
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device),
             layout=self,
@@ -251,7 +265,8 @@ class PackedLayout:
                 module, row_queries, row_keys, row_values, mask, scaling, is_causal=mask is None
             )
             outputs.append(output.flatten(0, 1).index_select(0, real))
-        return torch.cat(outputs).index_select(0, order)
+        output = torch.cat(outputs).index_select(0, order)
+        return F.pad(output, (0, 0, 0, 0, 0, self._padding))
 
 
 def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
