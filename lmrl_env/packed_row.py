@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 64
 LEAST_FULL = 7 / 8
 """Length of a row beside the longest of those that it attends together with, at least."""
 
-TOKENS_AT_ONCE, FEWEST_ROUNDED = 128, 2048
+TOKENS_AT_ONCE, FEWEST_ROUNDED = 64, 2048
 """On the CPU a row of many tokens gets some more, up to a multiple, that nothing attends to: every
 length costs oneDNN a preparation of its own."""
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 import lmrl_env.policy
+from lmrl_env import packed_row
 from lmrl_env.attention import PACKED_ATTENTION, use_packed_attention
 from lmrl_env.errors import ConfigurationError, ModelError
 from lmrl_env.policy import Lengths, Policy, TokenBatch, load_model
@@ -90,9 +91,12 @@ def loss_gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("common", [0, 2])
+@pytest.mark.parametrize(("common", "fewest_rounded"), [(0, 2048), (2, 2048), (2, 0)])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2", "mistral"])
-def test_values_and_gradients_equal_those_of_one_row_at_a_time(architecture, common):
+def test_values_and_gradients_equal_those_of_one_row_at_a_time(
+    architecture, common, fewest_rounded, monkeypatch
+):
+    monkeypatch.setattr(packed_row, "FEWEST_ROUNDED", fewest_rounded)
     batch, temperature = token_batch(common=common), 0.7
     policy = random_policy(architecture)
     packs = policy.model.config._attn_implementation == PACKED_ATTENTION
