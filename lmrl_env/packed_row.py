@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lmrl_env.attention import attend_by_sdpa
 from lmrl_env.errors import ModelError
-from lmrl_env.prefix_attention import PrefixPlan, prefix_attention
+from lmrl_env.prefix_attention import Block, PrefixPlan, prefix_attention
 
 ROWS_AT_ONCE = 64
 """Rows that attend together, at most."""
@@ -35,6 +35,10 @@ LEAST_FULL = 7 / 8
 TOKENS_AT_ONCE, FEWEST_ROUNDED = 64, 2048
 """On the CPU a row of many tokens gets some more, up to a multiple, that nothing attends to: every
 length costs oneDNN a preparation of its own."""
+
+LONGEST_IN_FRONT, LONGEST_DENSE = 24, 128
+"""Tokens of prompts, common ones left out, and of responses, up to which plain products of these
+behind those are faster than to attend to prompts where they stand."""
 
 FEWEST_COMMON = 16
 """Tokens of a common beginning below which to treat it apart costs more than it saves."""
@@ -116,6 +120,11 @@ class PackedLayout:
         slices = [slice(a, b) for a, b in pairwise(bounds)]
         self._continued = list(zip(slices[q:], slices[:q], strict=True))
 
+        self._continues = prompt_index[order]
+        self._are_short = bool(
+            own_lengths.max() <= LONGEST_IN_FRONT
+            and response_lengths.max(initial=0) <= LONGEST_DENSE
+        )
         self._prompts = _rows(starts[:q] - common, prompt_lengths)
         self._prompts.tokens[:, :common] = np.arange(common)
         self._responses = [
@@ -126,25 +135,32 @@ class PackedLayout:
     @cached_property
     def _plan(self) -> PrefixPlan:
         """What attends to what, by the normalisers."""
-        blocks = [
-            _rows(self._row_starts[rows], self._row_lengths[rows])
-            for rows in _alike(self._row_lengths)
-        ]
-        cells = np.concatenate([rows.tokens.ravel() for rows in blocks])
-        real = np.concatenate([rows.real.ravel() for rows in blocks])
+        starts, lengths, q = self._row_starts, self._row_lengths, len(self.prompt_ends)
+        is_behind = np.zeros(len(lengths), dtype=np.bool_)
+        is_behind[1 + q : -1] = self._are_short  # the responses, in the order of their prompts
+        alone, behind = _alike(lengths * ~is_behind), _alike(lengths * is_behind)
+        together = [_rows(starts[rows], lengths[rows]) for rows in (*alone, *behind)]
+        prompts = [None] * len(alone) + [self._continues[rows - 1 - q] for rows in behind]
+        cells = np.concatenate([rows.tokens.ravel() for rows in together])
+        real = np.concatenate([rows.real.ravel() for rows in together])
         (taken,) = real.nonzero()
         beginning = slice(self._common, self._tokens), slice(0, self._common)
+        prefixes = [beginning, *([] if self._are_short else self._continued)]
         return PrefixPlan(
-            blocks=[(len(rows.tokens), rows.tokens.shape[1]) for rows in blocks],
+            blocks=[self._block(*each) for each in zip(together, prompts, strict=True)],
             cells=to_device(cells, self.device),
             padding=to_device(~real, self.device),
             real=to_device(taken[cells[taken].argsort()], self.device),
-            prefixes=[
-                pair
-                for pair in (beginning, *self._continued)
-                if all(x.start < x.stop for x in pair)
-            ],
+            prefixes=[pair for pair in prefixes if all(x.start < x.stop for x in pair)],
         )
+
+    def _block(self, rows: _Rows, prompts: Integers | None) -> Block:
+        """Return rows for ``prefix_attention``, behind their prompts if these are given."""
+        shape = rows.tokens.shape[0], rows.tokens.shape[1]
+        if prompts is None:
+            return Block(shape)
+        tokens, real = (x[prompts, self._common :] for x in self._prompts)
+        return Block(shape, to_device(tokens, self.device), to_device(~real, self.device))
 
     @cached_property
     def _copies(self) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], Tensor]:
@@ -241,8 +257,8 @@ class PackedLayout:
         """
         self.attended += 1
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-        alike = query.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
-        if query.device.type == "cpu" and alike:  # not so under autocast
+        exact = query.dtype == key.dtype == value.dtype and query.dtype.itemsize >= 4
+        if query.device.type == "cpu" and exact and query.shape[-1] == value.shape[-1]:
             return prefix_attention(queries, keys, values, self._plan, scaling)[None]
         return self._attend_by_copies(module, queries, keys, values, scaling)[None]
 

@@ -91,11 +91,13 @@ def loss_gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("longest_in_front", [0, 24])
 @pytest.mark.parametrize(("common", "fewest_rounded"), [(0, 2048), (2, 2048), (2, 0)])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2", "mistral"])
 def test_values_and_gradients_equal_those_of_one_row_at_a_time(
-    architecture, common, fewest_rounded, monkeypatch
+    architecture, common, fewest_rounded, longest_in_front, monkeypatch
 ):
+    monkeypatch.setattr(packed_row, "LONGEST_IN_FRONT", longest_in_front)
     monkeypatch.setattr(packed_row, "FEWEST_ROUNDED", fewest_rounded)
     batch, temperature = token_batch(common=common), 0.7
     policy = random_policy(architecture)
