@@ -334,8 +334,9 @@ class TokenVectorEnv(VectorEnv[Observation, npt.NDArray[Any], npt.NDArray[Any]])
         may_complete = self._stop.may_complete | self._pause.may_complete
         for slot, i in np.argwhere(given & may_complete[tokens]):
             if i < end[slot]:
-                new = tokens[slot, : i + 1][given[slot, : i + 1]]
-                turn = np.concatenate([self.last_turn(slot), new])
+                turn = tokens[slot, : i + 1][given[slot, : i + 1]]
+                if written[slot]:
+                    turn = np.concatenate([self.last_turn(slot), turn])
                 stops = self._stop.completed_by_last(turn)
                 if stops or self._pause.completed_by_last(turn):
                     end[slot], paused[slot] = i, not stops
