@@ -48,7 +48,8 @@ def train(
     started = time.perf_counter()
     flags = ["--env", "MathR1-v0", f"--seed={seed}", f"--engine={engine}", f"--run-dir={folder}"]
     program = [sys.executable, str(root / "algos" / "dr_grpo.py")]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     subprocess.run([*program, *flags, *options], check=True, env=environment)
     seconds = time.perf_counter() - started
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -27,7 +27,8 @@ def use_onednn(model: nn.Module) -> None:
 
     Args:
         model: which is changed in place and keeps its parameters. Layers of subclasses, such as
-            quantised ones, stay as they are.
+            quantised ones, stay as they are. The environment variable ``PREPARED`` is set unless
+            it is.
     """
     for layer in model.modules():
         if type(layer) is nn.Linear:

@@ -249,9 +249,9 @@ def _padded(
 class Policy(nn.Module):
     """Log-probabilities and entropies of response tokens under a causal language model.
 
-    A prompt is forwarded once for all its responses, padding never, and logits exist for a part
-    of the tokens at a time. Models whose attention cannot do so, such as those with sliding
-    windows, take a plain padded forward of every prompt and response.
+    A prompt is forwarded once for all its responses, all stand in one row without padding, and
+    logits exist for a part of the tokens at a time. Models whose attention cannot do so, such as
+    those with sliding windows, take a plain padded forward of every prompt and response.
 
     Args:
         model: a causal language model without dropout, as ``load_model`` gives it.

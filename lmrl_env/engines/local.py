@@ -22,6 +22,9 @@ from lmrl_env.types import Completion, Sampling
 ROWS_AT_ONCE = 8
 """A batch shrinks by so many rows: every number of rows costs oneDNN a preparation of its own."""
 
+LOGITS_AT_ONCE = 2**25
+"""Most logits of one batch, unless one row has more; drawing from them takes several copies."""
+
 CACHE_BYTES = 4 * 2**30
 """Most memory that the keys and values of one batch may take, unless one row takes more."""
 
@@ -107,7 +110,7 @@ class LocalEngine:
         )
         with torch.inference_mode(), precision, _evaluating(self._model):
             while len(completions) < len(prompts):
-                left = order[len(completions) :]
+                left = order[len(completions) :][: self._batch_size]
                 rows = left[: self._rows_at_once([prompts[row] for row in left], sampling)]
                 sampled = self._sample(
                     [prompts[row] for row in rows], sampling, [seeds[row] for row in rows]
@@ -198,11 +201,12 @@ class LocalEngine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        width = max(map(len, prompts[: self._batch_size])) + sampling.max_new_tokens
+        width = max(map(len, prompts)) + sampling.max_new_tokens
         row_bytes = (
             2 * config.num_hidden_layers * heads * head_dim * width * self._model.dtype.itemsize
         )
-        return max(1, min(self._batch_size, CACHE_BYTES // row_bytes))
+        most = min(CACHE_BYTES // row_bytes, LOGITS_AT_ONCE // self._tokenizer.vocab_size)
+        return max(1, min(self._batch_size, most))
 
     def _sample(
         self,
@@ -256,7 +260,7 @@ class LocalEngine:
             else:
                 logits = self._decode(drawn, positions + t, cache, mask)
 
-        if not np.isfinite(logprobs).all():
+        if not np.isfinite(logprobs[np.arange(budget) < lengths[:, None]]).all():
             raise EngineError(
                 "the model's logits are not finite: expected numbers; its weights have diverged or "
                 "overflow in this dtype, so go back to a checkpoint with a lower learning rate"

@@ -17,7 +17,10 @@ from lmrl_env.engines.shared_prompts import SharedPromptCache
 from lmrl_env.packed_row import Integers, PackedLayout, cells, common_beginning, to_device
 
 TOKENS_AT_ONCE = 2**14
-"""Most prompt tokens, padding included, that are forwarded at once, unless one prompt has more."""
+"""Most prompt tokens that are forwarded at once, unless one prompt has more.
+
+Each prompt counts as the longest: attention pads some of them, and on a GPU all.
+"""
 
 
 class Prefilled(NamedTuple):
@@ -68,34 +71,33 @@ def _packed(
     device, common = model.device, common_beginning(prompts)
     own_lengths = lengths - common
     column = np.arange(own_lengths.max())
-    logits, caches, own = [], [], []
-    for part in _parts(own_lengths):
+    logits, own = [], []
+    beginning: list[tuple[Tensor, Tensor]] = []
+    for part in _parts(own_lengths if device.type == "cpu" else lengths):
         layout = PackedLayout(lengths[part], lengths[:0], lengths[:0], device, common)
         _, columns = cells(own_lengths[part])
         ids = [*prompts[0][:common], *chain.from_iterable(x[common:] for x in prompts[part])]
-        caches.append(DynamicCache())
+        cache = DynamicCache()
         output = layout.forward(
             model,
             torch.tensor(ids, device=device),
             to_device(np.concatenate([np.arange(common), common + columns]), device),
-            past_key_values=caches[-1],
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=to_device(layout.prompt_ends, device),
         )
         logits.append(output.logits[0])
         places = (layout.prompt_ends + 1 - own_lengths[part])[:, None] + column
         places = to_device(places.clip(max=len(ids) - 1), device)
-        own.append(
-            [(_rows(keys, places), _rows(values, places)) for keys, values in _layers(caches[-1])]
-        )
-    beginning = [
-        (keys[:, :, :common], values[:, :, :common]) for keys, values in _layers(caches[0])
-    ]
+        layers = _layers(cache)
+        own.append([(_rows(keys, places), _rows(values, places)) for keys, values in layers])
+        if not beginning:  # copies, for which the rest need not be kept
+            beginning = [(k[:, :, :common].clone(), v[:, :, :common].clone()) for k, v in layers]
     is_token = None
     if (own_lengths < len(column)).any():
         is_token = to_device(column < own_lengths[:, None], device)
-    cache = SharedPromptCache(beginning, _joined(own), is_token, index, budget)
-    return torch.cat(logits), cache, None
+    shared = SharedPromptCache(beginning, _joined(own), is_token, index, budget)
+    return torch.cat(logits), shared, None
 
 
 def _padded(
@@ -131,7 +133,8 @@ def _parts(lengths: Integers) -> Iterator[slice]:
     """Yield the prompts that are forwarded together."""
     start = 0
     while start < len(lengths):
-        fitting = int((lengths[start:].cumsum() <= TOKENS_AT_ONCE).sum())
+        longest = np.maximum.accumulate(lengths[start:])
+        fitting = int((longest * np.arange(1, 1 + len(longest)) <= TOKENS_AT_ONCE).sum())
         yield slice(start, start := start + max(1, fitting))
 
 

@@ -54,8 +54,8 @@ class SharedPromptCache(BudgetCache):
             super().__init__([(keys[index], values[index]) for keys, values in prompts], budget)
             self._padding = None if self._padding is None else self._padding[index]
             return
-        nothing = [keys.new_empty(len(index), *keys[0, :, :0].shape) for keys, _ in prompts]
-        super().__init__([(x, x) for x in nothing], budget)
+        nothing = index.new_zeros(len(index)), slice(None), slice(0)
+        super().__init__([(keys[nothing], values[nothing]) for keys, values in prompts], budget)
         self._prompts = [(keys.transpose(2, 3).contiguous(), values) for keys, values in prompts]
         self._index = index
         self._arrange()

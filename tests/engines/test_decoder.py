@@ -73,6 +73,34 @@ def test_samples_are_those_of_the_models_own_forward(architecture, temperature, 
         np.testing.assert_allclose(completion.logprobs, other.logprobs, rtol=0, atol=5e-5)
 
 
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_are_those_of_the_model(kind, made, monkeypatch):
+    config = CONFIGS["llama"]()
+    config.rope_parameters = {"rope_theta": 10000.0, **ROPES[kind]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    use_packed_attention(model)
+    use_onednn(model)
+    use_fused_norms(model)
+    completions = generate(model)
+    assert len(made) == (kind != "dynamic")  # whose angles depend on the length
+    monkeypatch.setattr(Decoder, "pays", lambda *_: False)
+    for completion, other in zip(completions, generate(model), strict=True):
+        assert completion.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(completion.logprobs, other.logprobs, rtol=0, atol=5e-5)
+
+
 def test_weights_that_were_changed_in_place_are_sampled_from(made):
     model, other = loaded(seed=0), loaded(seed=1)
     before = generate(model)

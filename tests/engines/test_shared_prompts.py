@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_models import letter_tokenizer, random_model
 
 from lmrl_env.attention import use_packed_attention
-from lmrl_env.engines import shared_prompts
+from lmrl_env.engines import prefill, shared_prompts
 from lmrl_env.engines.local import LocalEngine
 from lmrl_env.engines.shared_prompts import SharedPromptCache
 from lmrl_env.errors import ModelError
@@ -51,6 +51,22 @@ def test_samples_are_those_of_each_prompt_alone_by_transformers_own_attention(
     for completion, other in zip(completions, expected, strict=True):
         assert completion.token_ids.tolist() == other.token_ids.tolist()
         np.testing.assert_allclose(completion.logprobs, other.logprobs, rtol=0, atol=5e-5)
+
+
+def test_prompts_in_parts_give_the_same_samples(monkeypatch):
+    model = random_model("llama", torch.float32)
+    use_packed_attention(model)
+    engine = LocalEngine(model, letter_tokenizer())
+    arguments = WAYS["common beginning"], Sampling(20), 3, range(9)
+    expected = [x.token_ids.tolist() for x in engine.generate(*arguments)]
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: shapes.append(tuple(args[0].shape))
+    )
+    monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", 5)
+    assert [x.token_ids.tolist() for x in engine.generate(*arguments)] == expected
+    # By length: two own tokens, three, and five, each behind the common ones; then rows.
+    assert shapes[:3] == [(1, len(BEGINNING) + own) for own in (2, 3, 5)]
 
 
 SAMPLINGS = {
