@@ -127,10 +127,7 @@ class PackedLayout:
         )
         self._prompts = _rows(starts[:q] - common, prompt_lengths)
         self._prompts.tokens[:, :common] = np.arange(common)
-        self._responses = [
-            (_rows(self.response_starts[rows], response_lengths[rows]), prompt_index[rows])
-            for rows in _alike(response_lengths)
-        ]
+        self._responses = response_lengths, prompt_index
 
     @cached_property
     def _plan(self) -> PrefixPlan:
@@ -160,7 +157,7 @@ class PackedLayout:
         if prompts is None:
             return Block(shape)
         tokens, real = (x[prompts, self._common :] for x in self._prompts)
-        return Block(shape, to_device(tokens, self.device), to_device(~real, self.device))
+        return Block(shape, (to_device(tokens, self.device), to_device(~real, self.device)))
 
     @cached_property
     def _copies(self) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], Tensor]:
@@ -171,7 +168,12 @@ class PackedLayout:
         """
         blocks: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         places = []
-        for rows, continued in ((self._prompts, None), *self._responses):
+        lengths, prompt_index = self._responses
+        together = [
+            (_rows(self.response_starts[chosen], lengths[chosen]), prompt_index[chosen])
+            for chosen in _alike(lengths)
+        ]
+        for rows, continued in ((self._prompts, None), *together):
             r, k = rows.tokens.shape
             computed = rows.real.copy()
             if continued is None:

@@ -30,13 +30,12 @@ class Block(NamedTuple):
 
     Attributes:
         shape: rows and columns.
-        prompts: shape (r, P), int64: tokens of the prompts, any at padding; None if in prefixes.
-        hidden: shape (r, P), bool: which of those are padding.
+        prompts: tokens of the prompts, any at padding, shape (r, P), int64; and which of them are
+            padding, (r, P), bool. None if the prompts are in ``prefixes``.
     """
 
     shape: tuple[int, int]
-    prompts: Tensor | None = None
-    hidden: Tensor | None = None
+    prompts: tuple[Tensor, Tensor] | None = None
 
 
 class PrefixPlan(NamedTuple):
@@ -203,21 +202,19 @@ class _PrefixAttention(torch.autograd.Function):
         parts: list[tuple[Tensor, Tensor]] = []
         dense: list[_Weights | None] = []
         for block, rows in zip(plan.blocks, _blocks(plan, queries, keys, values), strict=True):
-            if block.prompts is None or block.hidden is None:
+            if block.prompts is None:
                 parts.append(_forward(rows, True, scaling))
                 dense.append(None)
                 continue
-            row_keys, row_values = (
-                _behind(block.prompts, packed, x)
-                for packed, x in zip((keys, values), rows[1:], strict=True)
-            )
-            *part, weights = _dense(rows[0], row_keys, row_values, block.hidden, scaling)
+            tokens, hidden = block.prompts
+            row_keys, row_values = _behind(tokens, keys, rows[1]), _behind(tokens, values, rows[2])
+            *part, weights = _dense(rows[0], row_keys, row_values, hidden, scaling)
             parts.append((part[0], part[1]))
             dense.append(weights)
         output, log_z = _packed(plan, parts)
-        for tokens, prefix in plan.prefixes:
-            rows = queries[tokens], keys[prefix], values[prefix]
-            _merge(output[tokens], log_z[tokens], *_forward(rows, False, scaling))
+        for places, prefix in plan.prefixes:
+            rows = queries[places], keys[prefix], values[prefix]
+            _merge(output[places], log_z[places], *_forward(rows, False, scaling))
         normalised: list[Tensor | None] = []
         for own, total in zip(dense, _log_z(plan, log_z), strict=True):
             if own is not None:
@@ -242,29 +239,27 @@ class _PrefixAttention(torch.autograd.Function):
             if block.prompts is None:
                 parts.append(_backward(rows, total, True, ctx.scaling))
                 continue
-            row_keys, row_values = (
-                _behind(block.prompts, packed, x)
-                for packed, x in zip((keys, values), rows[2:4], strict=True)
-            )
+            tokens, hidden = block.prompts
+            row_keys, row_values = _behind(tokens, keys, rows[2]), _behind(tokens, values, rows[3])
             first, *both = _dense_backward(
                 (rows[0], rows[1], rows[4]), row_keys, row_values, weights, ctx.scaling
             )
-            width = block.prompts.shape[1]
+            width = hidden.shape[1]
             parts.append([first, *(x[:, width:].flatten(0, 1) for x in both)])
             in_front = [x[:, :width].flatten(0, 1) for x in both]
-            of_prompts.append((block.prompts.flatten(), *in_front))
+            of_prompts.append((tokens.flatten(), *in_front))
         query_gradient, key_gradient, value_gradient = _packed(plan, parts)
-        for places, prompt_keys, prompt_values in of_prompts:
-            key_gradient.index_add_(0, places, prompt_keys)
-            value_gradient.index_add_(0, places, prompt_values)
-        for tokens, prefix in plan.prefixes:
+        for tokens, prompt_keys, prompt_values in of_prompts:
+            key_gradient.index_add_(0, tokens, prompt_keys)
+            value_gradient.index_add_(0, tokens, prompt_values)
+        for places, prefix in plan.prefixes:
             part = _backward(
-                (gradient[tokens], queries[tokens], keys[prefix], values[prefix], output[tokens]),
-                log_z[tokens],
+                (gradient[places], queries[places], keys[prefix], values[prefix], output[places]),
+                log_z[places],
                 False,
                 ctx.scaling,
             )
-            query_gradient[tokens] += part[0]
+            query_gradient[places] += part[0]
             key_gradient[prefix] += part[1]
             value_gradient[prefix] += part[2]
         return query_gradient, key_gradient, value_gradient, None, None

@@ -148,9 +148,8 @@ class Decoder:
         rotated = torch.addcmul(queries_and_keys * cos, swapped, sin)
         queries, keys = rotated.tensor_split([-self._key_heads], dim=1)
         seen = cache.update(keys[:, :, None], values[:, :, None], i)
-        return cache.attend_in_layer(i, queries.unflatten(1, (self._key_heads, -1)), *seen).flatten(
-            1
-        )
+        queries = queries.unflatten(1, (self._key_heads, -1))
+        return cache.attend_in_layer(i, queries, *seen).flatten(1)
 
     def _normalise(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lmrl_env.attention import PACKED_ATTENTION
 from lmrl_env.engines.kv_cache import BudgetCache
 from lmrl_env.engines.shared_prompts import SharedPromptCache
-from lmrl_env.packed_row import Integers, PackedLayout, cells, common_beginning, to_device
+from lmrl_env.packed_row import Integers, PackedLayout, common_beginning, to_device
 
 TOKENS_AT_ONCE = 2**14
 """Most prompt tokens that are forwarded at once, unless one prompt has more.
@@ -69,33 +68,33 @@ def _packed(
     Prompts stand one behind the other, without padding, and what all begin with stands once.
     """
     device, common = model.device, common_beginning(prompts)
-    own_lengths = lengths - common
-    column = np.arange(own_lengths.max())
+    own_lengths, width = lengths - common, int(lengths.max())
+    ids = torch.tensor([[*prompt, *(width - len(prompt)) * [0]] for prompt in prompts])
+    ids, columns = ids.to(device), torch.arange(width, device=device)
+    own_columns = np.arange(width - common)
     logits, own = [], []
     beginning: list[tuple[Tensor, Tensor]] = []
     for part in _parts(own_lengths if device.type == "cpu" else lengths):
         layout = PackedLayout(lengths[part], lengths[:0], lengths[:0], device, common)
-        _, columns = cells(own_lengths[part])
-        ids = [*prompts[0][:common], *chain.from_iterable(x[common:] for x in prompts[part])]
         cache = DynamicCache()
         output = layout.forward(
             model,
-            torch.tensor(ids, device=device),
-            to_device(np.concatenate([np.arange(common), common + columns]), device),
+            layout.pack(ids[part], ids[:0]),
+            layout.pack(columns.expand_as(ids[part]), ids[:0]),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=to_device(layout.prompt_ends, device),
         )
         logits.append(output.logits[0])
-        places = (layout.prompt_ends + 1 - own_lengths[part])[:, None] + column
-        places = to_device(places.clip(max=len(ids) - 1), device)
+        places = (layout.prompt_ends + 1 - own_lengths[part])[:, None] + own_columns
+        places = to_device(places.clip(max=layout.prompt_ends.max()), device)
         layers = _layers(cache)
         own.append([(_rows(keys, places), _rows(values, places)) for keys, values in layers])
         if not beginning:  # copies, for which the rest need not be kept
             beginning = [(k[:, :, :common].clone(), v[:, :, :common].clone()) for k, v in layers]
     is_token = None
-    if (own_lengths < len(column)).any():
-        is_token = to_device(column < own_lengths[:, None], device)
+    if (lengths < width).any():
+        is_token = to_device(own_columns < own_lengths[:, None], device)
     shared = SharedPromptCache(beginning, _joined(own), is_token, index, budget)
     return torch.cat(logits), shared, None
 
