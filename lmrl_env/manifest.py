@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmrl_env.distributed import is_sharded
+from lmrl_env.engines.local import BATCH_SIZE
 from lmrl_env.model_size import (
     ModelSize,
     local_engine_memory,
@@ -176,7 +177,7 @@ def _memory(
         rows = max(plan.groups * args.group_size, math.ceil(args.eval_questions / ranks))
         items += local_engine_memory(
             size,
-            rows=min(256, rows),
+            rows=min(BATCH_SIZE, rows),
             width=width,
             bfloat16=bfloat16,
             own_weights=args.async_depth > 0,

@@ -19,6 +19,9 @@ from lmrl_env.errors import ConfigurationError, EngineError, PromptTooLongError,
 from lmrl_env.tokenizer import Tokenizer
 from lmrl_env.types import Completion, Sampling
 
+BATCH_SIZE = 512
+"""Most rows of a batch."""
+
 ROWS_AT_ONCE = 8
 """A batch shrinks by so many rows: every number of rows costs oneDNN a preparation of its own."""
 
@@ -52,7 +55,7 @@ class LocalEngine:
         model: PreTrainedModel,
         tokenizer: Tokenizer,
         *,
-        batch_size: int = 512,
+        batch_size: int = BATCH_SIZE,
         dtype: str = "float32",
     ):
         self.version = 0
